@@ -1,0 +1,59 @@
+"""The yardstick: every token's K and V as they are, [B, G, S, D] in the model's dtype, one layer a group."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cache.base import Columns, LayerGroup, attend_exact, column_blocks
+
+
+class FullLayer(LayerGroup):
+    """k, v [B, G, S, D]. A token at position p sits in column p; columns are masked by position."""
+
+    def __init__(self, layer: int, *, batch: int, n_kv_head: int, max_seq_len: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device | str, sliding_window: int | None) -> None:
+        super().__init__()
+        self.layers = (layer,)
+        self.sliding_window = sliding_window
+        for name in ("k", "v"):
+            self.register_buffer(name, torch.zeros(batch, n_kv_head, max_seq_len, head_dim, dtype=dtype, device=device), persistent=False)
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
+        """Write first, then SDPA over all columns: the step's own token is then a column like the others."""
+        self.write(k, v, input_pos, valid, rows)
+        S = self.k.shape[2]
+        seen = input_pos.clamp_max(S - 1)           # a padded query may stand past the end; it must still see something
+        column = torch.arange(S, device=q.device)
+        mask = (column <= seen[..., None]) & self.in_window(column[None, None], seen)
+        keys, values = (self.k, self.v) if rows is None else (self.k[rows], self.v[rows])
+        return attend_exact(q, keys, values, mask[:, None])
+
+    def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
+                limit: int | None = None) -> Iterator[Columns]:
+        for at in column_blocks(self.k.shape[2], limit):
+            column = torch.arange(at.start, at.stop, device=length.device)
+            mask = (column < length[:, None])[:, None] & self.in_window(column[None, None], input_pos)
+            k, v = (x[:, :, at] if rows is None else x[rows, :, at] for x in (self.k, self.v))
+            yield Columns(k, v, mask[:, None])
+
+    def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
+        i = torch.arange(k.shape[3], device=k.device)
+        self.write(k[0], v[0], length[:, None] + i, i < n_new[:, None], rows)
+
+    def write(self, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> None:
+        """k, v [B', G, T, D] at input_pos [B', T]; a lane that is not valid writes back what is there."""
+        B, G, S, _ = self.k.shape
+        b = (torch.arange(B, device=k.device) if rows is None else rows)[:, None, None]
+        g = torch.arange(G, device=k.device)[:, None]
+        at = (b, g, (input_pos % S)[:, None])       # modulo: T <= S lanes stay distinct, so no padded lane hits a valid one
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer[at] = torch.where(valid[:, None, :, None], x.to(buffer.dtype), buffer[at])
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        at = slice(None) if rows is None else rows
+        self.k[at] = 0
+        self.v[at] = 0
+
+    def read(self, index: int, length: Tensor) -> tuple[Tensor, Tensor]:
+        stored = (torch.arange(self.k.shape[2], device=length.device) < length[:, None])[:, None, :, None]
+        return self.k * stored, self.v * stored
