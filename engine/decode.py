@@ -1,0 +1,60 @@
+"""One decode step for every row at once: the only code that is compiled, one graph, no host sync.
+
+All that a step needs or changes is a buffer here or in the cache, at a fixed address, so that the compiled step replays as a CUDA graph.
+A row that is done stores nothing more and repeats its token.
+"""
+import torch
+import torch.nn as nn
+
+from engine.sampling import SamplingParams, sample
+
+MAX_STOP_IDS = 16
+
+
+class DecodeStep(nn.Module):
+    """State of B rows and the step on it. token [B] is the newest id, not stored yet; input_pos [B] where it will be stored."""
+
+    def __init__(self, model: nn.Module, cache: nn.Module, rope: nn.Module, batch: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.model, self.cache, self.rope = model, cache, rope
+        state = {"token": torch.int64, "input_pos": torch.int64, "done": torch.bool, "left": torch.int64,        # left: tokens still wanted
+                 "temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "seed": torch.int64}
+        for name, dtype in state.items():
+            self.register_buffer(name, torch.zeros(batch, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("stop_ids", torch.full((batch, MAX_STOP_IDS), -1, device=device), persistent=False)
+        self.done.fill_(True)
+
+    def forward(self, method: str) -> None:
+        """Feed `token` at `input_pos`, store it, sample the next one into `token`."""
+        alive = ~self.done
+        token = self.draw(self.logits(self.token, self.input_pos, alive), method, slice(None), self.input_pos + 1)
+        self.token.copy_(torch.where(alive, token, self.token))
+        self.input_pos.add_(alive.long())
+        self.left.sub_(alive.long())
+        self.done.logical_or_(self.finished(slice(None)))
+
+    def logits(self, token: torch.Tensor, input_pos: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        """Feed one token per row, all [B] -> logits [B, V] fp32 for the next; rows not alive store nothing."""
+        position = input_pos[:, None]
+        x = self.model.run_layers(self.model.embed(token[:, None]), range(len(self.model.layers)), self.cache.layers,
+                                  self.rope(position), position, alive[:, None])
+        return self.model.logits(x[:, -1])
+
+    def first_token(self, rows: torch.Tensor, logits: torch.Tensor, method: str) -> None:
+        """After a prefill: sample from logits [B', V] for `rows` [B'], whose state `set_row` has laid down."""
+        self.token[rows] = self.draw(logits, method, rows, self.input_pos[rows])
+        self.done[rows] = self.finished(rows)
+
+    def draw(self, logits: torch.Tensor, method: str, rows: torch.Tensor | slice, position: torch.Tensor) -> torch.Tensor:
+        return sample(logits, method, self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows], position)
+
+    def finished(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        return (self.token[rows][:, None] == self.stop_ids[rows]).any(-1) | (self.left[rows] <= 0)
+
+    def set_row(self, row: int, params: SamplingParams, seed: int, input_pos: int, left: int) -> None:
+        """Give slot `row` to a request whose prompt is stored: `input_pos` tokens, `left` more wanted. Host side, between steps."""
+        values = {"input_pos": input_pos, "left": left, "done": False, "temperature": params.temperature,
+                  "top_k": min(params.top_k, self.model.config.vocab_size), "top_p": params.top_p, "seed": seed}
+        for name, value in values.items():
+            getattr(self, name)[row] = value
+        self.stop_ids[row] = torch.tensor([*params.stop_ids, *[-1] * (MAX_STOP_IDS - len(params.stop_ids))])

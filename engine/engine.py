@@ -1,0 +1,230 @@
+"""Token ids in, token ids out. The engine knows nothing about text: prompts are lists of ids, steps are streams of ids.
+
+`generate` is a generator of Steps; streaming, chat and benchmarks read the same one. More prompts than rows are queued, and a
+row that ends is refilled while the others keep their state. A request's ids do not depend on its neighbours (fp32).
+"""
+import inspect
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cache import CacheConfig, GroupPrefill
+from engine.decode import MAX_STOP_IDS, DecodeStep
+from engine.sampling import METHODS, SamplingParams
+from engine.stats import Step
+from model import ModelConfig, Rope, Transformer
+from weights import available_bytes, load_model
+
+PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
+PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
+
+
+@dataclass
+class Request:
+    """A prompt on its way: `row` is its slot while it runs, `tokens` what came so far."""
+
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    row: int = -1
+    tokens: list[int] = field(default_factory=list)
+
+
+def check_sizes(config: ModelConfig, max_batch_size: int, max_seq_len: int, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    """ValueError where a size cannot be, whatever the memory: before weights are read."""
+    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+    if max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"max_seq_len is {max_seq_len}, the model has {config.max_position_embeddings} positions; ask for no more")
+
+
+class Engine:
+    """A model, a cache of `max_batch_size` rows by `max_seq_len` tokens, and one decode step over all rows."""
+
+    def __init__(self, model: Transformer, *, max_batch_size: int = 1, max_seq_len: int, cache: CacheConfig = CacheConfig(),
+                 compile: bool | None = None, prefill_chunk: int = PREFILL_CHUNK, prefill_budget: int = PREFILL_BUDGET) -> None:
+        """Allocates the cache. `compile` None: on for CUDA, off on CPU. ValueError for sizes that cannot be or that memory cannot hold."""
+        c, weight = model.config, model.embed.weight
+        check_sizes(c, max_batch_size, max_seq_len, prefill_chunk)
+        self.model, self.config, self.cache_config = model, c, cache
+        self.device, self.dtype = weight.device, weight.dtype
+        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
+        self.compile = self.device.type == "cuda" if compile is None else compile
+        shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, max_seq_len=max_seq_len, dtype=self.dtype,
+                     sliding_window=c.sliding_window)
+        need = max_batch_size * sum(cache.build(**shape, batch=1, device="meta").nbytes().values())
+        room = available_bytes(self.device)
+        if room is not None and need > room:
+            raise ValueError(f"a {cache} cache of {max_batch_size} rows x {max_seq_len} tokens takes {need:,} bytes, {room:,} are free on "
+                             f"{self.device}; {room * max_batch_size // need} rows would fit: lower the batch size or --max-seq-len")
+        self.cache = cache.build(**shape, batch=max_batch_size, device=self.device)
+        self.rope = Rope(c, max_seq_len).to(self.device)
+        self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
+        self.decode_one_token = self._compiled(self.step) if self.compile else self.step
+        self.stored: list[list[int]] = [[] for _ in range(max_batch_size)]      # the ids that each row's cache holds
+        self._warm: set[str] = set()
+        self._running: Iterator[Step] | None = None
+        self._interrupted = False
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+                        max_batch_size: int = 1, max_seq_len: int, cache: CacheConfig = CacheConfig(),
+                        compile: bool | None = None) -> "Engine":
+        """An engine on a checkpoint directory. dtype None: the checkpoint's own."""
+        check_sizes(ModelConfig.from_checkpoint(checkpoint), max_batch_size, max_seq_len)
+        model = load_model(checkpoint, device=device, dtype=dtype)
+        return cls(model, max_batch_size=max_batch_size, max_seq_len=max_seq_len, cache=cache, compile=compile)
+
+    def _compiled(self, step: DecodeStep):
+        """One graph, or an error; an engine's recompiles do not count against those of another where torch can tell them apart."""
+        options = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            options["isolate_recompiles"] = True
+        return torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of the cache for each number of K and V that it has room for, everything counted; a bf16 full cache has 16."""
+        c = self.config
+        elements = 2 * c.n_layer * self.max_batch_size * c.n_kv_head * self.max_seq_len * c.head_dim
+        return 8 * sum(self.cache.nbytes().values()) / elements
+
+    def interrupt(self) -> None:
+        """Ask a running generate() to end after the current step: safe to call from a signal handler."""
+        self._interrupted = True
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *,
+                 reuse: bool = False) -> Iterator[Step]:
+        """Continue every prompt; yields Steps until all have finished. Everything is checked before any work is done.
+
+        reuse (chat): prompt i goes to row i, and what the row already stores is kept where it is a prefix of the prompt.
+        Raises ValueError for an empty prompt, one longer than the capacity, ids outside the vocabulary.
+        """
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        queue = deque(Request(i, list(p), s) for i, (p, s) in enumerate(zip(prompts, params, strict=True)))
+        self._check(queue, reuse)
+        if self._running is not None:
+            self._running.close()       # a run left early gives its rows back now, not when it is collected
+        self._running, self._interrupted = self._run(queue, reuse), False
+        return self._running
+
+    def _check(self, queue: Sequence[Request], reuse: bool) -> None:
+        for r in queue:
+            where = f"prompt {r.index}" if len(queue) > 1 else "the prompt"
+            if not r.prompt:
+                raise ValueError(f"{where} is empty (0 tokens); give at least one token")
+            if len(r.prompt) > self.max_seq_len:
+                raise ValueError(f"{where} has {len(r.prompt)} tokens, the capacity is {self.max_seq_len}; "
+                                 "shorten it or raise --max-seq-len")
+            bad = next((token for token in r.prompt if not 0 <= token < self.config.vocab_size), None)
+            if bad is not None:
+                raise ValueError(f"{where} has the id {bad}, the model's vocabulary is 0 to {self.config.vocab_size - 1}; "
+                                 "does the tokenizer belong to this checkpoint?")
+            if len(r.params.stop_ids) > MAX_STOP_IDS:
+                raise ValueError(f"{len(r.params.stop_ids)} stop ids, at most {MAX_STOP_IDS} are supported; pass fewer")
+        if reuse and len(queue) > self.max_batch_size:
+            raise ValueError(f"{len(queue)} conversations, but max_batch_size is {self.max_batch_size}; raise it")
+
+    @torch.inference_mode()
+    def _run(self, queue: deque[Request], reuse: bool) -> Iterator[Step]:
+        begin = time.perf_counter()
+        self.step.done.fill_(True)
+        free, active = deque(range(self.max_batch_size)), {}
+        method = max((r.params.method for r in queue), key=METHODS.index, default="greedy")
+        try:
+            while (queue or active) and not self._interrupted:
+                t = time.perf_counter()
+                # 1. free rows take waiting prompts; the others keep their state
+                if queue and free:
+                    phase, batch = "prefill", []
+                    while queue and free and self._fits(batch, queue[0]):
+                        batch.append(queue.popleft())
+                        batch[-1].row = free.popleft()
+                    fed = self._prefill(batch, method, reuse)
+                    active.update((r.row, r) for r in batch)
+                # 2. or every running row moves one token on
+                else:
+                    phase, batch, fed = "decode", list(active.values()), len(active)
+                    self.decode_one_token(method)
+                # 3. the host reads what came out and sorts out who is finished
+                token, done = self.step.token.tolist(), self.step.done.tolist()
+                tokens, finished = [], []
+                for r in batch:
+                    stopped = token[r.row] in r.params.stop_ids
+                    if not stopped:
+                        r.tokens.append(token[r.row])
+                        tokens.append((r.index, token[r.row]))
+                    if done[r.row]:
+                        full = len(r.tokens) < r.params.max_new_tokens
+                        finished.append((r.index, "stop" if stopped else "capacity" if full else "length"))
+                        self._release(active.pop(r.row), free)
+                now, key = time.perf_counter(), phase + method
+                warm = key in self._warm
+                self._warm.add(key)
+                yield Step(phase, tokens, finished, fed, now - t, now - begin, warm)
+            if active or queue:
+                now = time.perf_counter()
+                yield Step("decode", [], [(r.index, "interrupted") for r in [*active.values(), *queue]], 0, 0.0, now - begin, False)
+        finally:
+            for r in list(active.values()):
+                self._release(r, free)
+
+    def _release(self, r: Request, free: deque[int]) -> None:
+        """Free a row, and remember which ids its cache holds: the newest token of a row is not stored until the next step."""
+        self.stored[r.row] = (r.prompt + r.tokens)[:int(self.step.input_pos[r.row])]
+        free.append(r.row)
+
+    def _fits(self, batch: list[Request], r: Request) -> bool:
+        """One prefill takes prompts as long as they keep within the budget, and padding below half of it."""
+        lengths = [len(x.prompt) for x in [*batch, r]]
+        padded = len(lengths) * max(lengths)
+        return not batch or padded <= self.prefill_budget and padded <= 2 * sum(lengths)
+
+    def _prefill(self, batch: list[Request], method: str, reuse: bool) -> int:
+        """Store the prompts of `batch` and lay down the state of their rows, first token included. Returns how many tokens were fed."""
+        kept = []
+        for r in batch:
+            old = self.stored[r.row]
+            keep = reuse and len(old) < len(r.prompt) and r.prompt[:len(old)] == old
+            kept.append(len(old) if keep else 0)
+            self.stored[r.row] = []
+        tensor = lambda x: torch.tensor(x, device=self.device)              # noqa: E731
+        fresh = [r.row for r, n in zip(batch, kept, strict=True) if not n]
+        if fresh:
+            self.cache.reset(tensor(fresh))
+        new = [r.prompt[n:] for r, n in zip(batch, kept, strict=True)]
+        rows, length, n_new = tensor([r.row for r in batch]), tensor(kept), tensor([len(p) for p in new])
+        width = max(map(len, new))
+        ids = tensor([p + [0] * (width - len(p)) for p in new])
+        x = self.prefill(ids, length, n_new, rows, past=max(kept))
+        for r in batch:
+            seed = r.params.seed if r.params.seed is not None else secrets.randbits(63)
+            self.step.set_row(r.row, r.params, seed, len(r.prompt), min(r.params.max_new_tokens - 1, self.max_seq_len - len(r.prompt)))
+        self.step.first_token(rows, self.model.logits(x[torch.arange(len(batch), device=self.device), n_new - 1]), method)
+        return sum(map(len, new))
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, length: torch.Tensor, n_new: torch.Tensor, rows: torch.Tensor, *, past: int) -> torch.Tensor:
+        """Store ids [B', P] (right padded, n_new [B'] valid) after `length` [B'] stored tokens -> hidden states [B', P, C].
+
+        Group-major: all chunks pass one group's layers, which attend to exact K and V, then the group commits. `past` bounds `length`.
+        """
+        P = ids.shape[1]
+        x = self.model.embed(ids)
+        column = torch.arange(P, device=self.device)
+        input_pos, valid = length[:, None] + column, column < n_new[:, None]
+        for group in self.cache.groups:
+            exact = GroupPrefill(group, P, past=past)
+            for start in range(0, P, self.prefill_chunk):
+                at = slice(start, start + self.prefill_chunk)
+                pos = input_pos[:, at]
+                x[:, at] = self.model.run_layers(x[:, at], group.layers, exact.layers, self.rope(pos), pos, valid[:, at], rows)
+            exact.commit(length, n_new, rows)
+        return x
