@@ -6,6 +6,7 @@
 """
 import math
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from cache.merge import RULES
@@ -45,6 +46,8 @@ class CacheConfig:
         for name, (least, most) in RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"cache setting {name}={getattr(self, name)} is outside {least} .. {most}; choose a value inside")
+        if isinstance(self.merge_from, float) and self.merge_from > 1:
+            raise ValueError(f"cache setting merge_from={self.merge_from} is a share above 1; write a share up to 1.0 or a layer index")
         if self.merge == "slerp" and self.group != 2:
             raise ValueError(f"cache setting merge=slerp joins two layers, group={self.group}; use group=2, or merge=optimal")
         if self.kind == "minicache" and not (self.merge_k or self.merge_v):
@@ -89,7 +92,7 @@ class CacheConfig:
             return [(layer,) for layer in range(n_layer)]
         n, start = self.group, self.merge_from
         if isinstance(start, float):
-            start = math.ceil(start * n_layer)
+            start = share_of(start, n_layer)
             start += (n_layer - start) % n
         if start > n_layer or (n_layer - start) % n:
             fits = [layer for layer in range(n_layer) if (n_layer - layer) % n == 0]
@@ -107,7 +110,7 @@ class CacheConfig:
 
     def retained_slots(self, group_size: int, max_seq_len: int) -> int:
         """R: room for the share `retain` of the capacity where layers are merged, for the sinks where they are not."""
-        share = math.ceil(self.retain * max_seq_len) if group_size > 1 else 0
+        share = share_of(self.retain, max_seq_len) if group_size > 1 else 0
         return min(max(share, self.sinks), max_seq_len)
 
 
@@ -123,6 +126,11 @@ KEYS = {"full": (), "quant": _STORED,
 PRESETS = {"paper": dict(merge="slerp", t=0.6, coef="norm", retention="intended", gamma=0.05, merge_from=0.5, window=0, sinks=0)}
 
 
+def share_of(share: float, size: int) -> int:
+    """ceil(share * size), the share as it is written: in floating point .55 * 40 lies above 22."""
+    return math.ceil(Fraction(str(share)) * size)
+
+
 def convert(key: str, value: str) -> float | int | bool | str:
     """A setting's text to its type; ValueError says which type it wants."""
     if key in CHOICES and not key.endswith("_bits"):
@@ -130,9 +138,10 @@ def convert(key: str, value: str) -> float | int | bool | str:
     try:
         if key in ("merge_k", "merge_v"):
             return {"0": False, "1": True}[value]
-        return float(value) if "." in value or key in ("t", "retain", "gamma") else int(value)
+        return float(value) if key in ("t", "retain", "gamma") or key == "merge_from" and "." in value else int(value)
     except (ValueError, KeyError):
-        wants = "0 or 1" if key.startswith("merge_") and key != "merge_from" else "a number"
+        number = "a number" if key in ("t", "retain", "gamma", "merge_from") else "a whole number"
+        wants = "0 or 1" if key in ("merge_k", "merge_v") else number
         example = format_value(getattr(CacheConfig(), key))
         raise ValueError(f"cache setting {key}={value!r} is not {wants}; write for example {key}={example}") from None
 

@@ -30,6 +30,7 @@ class GroupPrefill:
             piece = slice(start, start + step)
             self.group.commit(self.k[:, :, :, piece], self.v[:, :, :, piece], length + n_new.clamp_max(start),
                               (n_new - start).clamp(0, step), rows)
+        self.k = self.v = None          # the handles refer back to this object: without the collector it would outlive the next group
 
 
 class PrefillLayer:
