@@ -37,6 +37,7 @@ class LayerGroup(nn.Module):
 
     layers: tuple[int, ...]
     sliding_window: int | None = None
+    form: str = "reference"         # of attention for one new token per row: see cache/kernels
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:
@@ -65,10 +66,10 @@ class LayerGroup(nn.Module):
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor,
                rows: Tensor | None = None) -> Tensor:
         """Attention of T new tokens over the stored ones and themselves (exact); the group's last member commits all members."""
-        i = torch.arange(q.shape[2], device=q.device)
-        causal = (i[:, None] >= i) & self.in_window(input_pos[:, None, :], input_pos)      # right padding: no valid query sees it
-        stored = self.columns(index, input_pos[:, 0], input_pos, rows)
-        y = attend_columns(q, k.shape[1], [*stored, Columns(k, v, causal[:, None])])
+        if self.form != "reference" and q.shape[2] == 1 and rows is None:
+            y = self.attend_fast(index, q, k, v, input_pos[:, 0])
+        else:
+            y = self.attend_reference(index, q, k, v, input_pos, rows)
         if index == 0:
             self.pending = []
         self.pending.append((k, v))
@@ -77,6 +78,17 @@ class LayerGroup(nn.Module):
             self.pending = None       # a tensor left on self would become an output of the compiled graph
             self.commit(ks, vs, input_pos[:, 0], valid.sum(1), rows)
         return y
+
+    def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        """T = 1, all rows, by the operator minicache::attend. For layouts that `form` says have one."""
+        raise NotImplementedError
+
+    def attend_reference(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rows: Tensor | None) -> Tensor:
+        """Any T, plain PyTorch, inlined where it is traced."""
+        i = torch.arange(q.shape[2], device=q.device)
+        causal = (i[:, None] >= i) & self.in_window(input_pos[:, None, :], input_pos)      # right padding: no valid query sees it
+        stored = self.columns(index, input_pos[:, 0], input_pos, rows)
+        return attend_columns(q, k.shape[1], [*stored, Columns(k, v, causal[:, None])])
 
     def in_window(self, key_pos: Tensor, input_pos: Tensor) -> Tensor:
         """key_pos [B' | 1, (1 | T), N] -> bool [B' | 1, T | 1, N]: may a query at input_pos [B', T] see it (sliding-window models)."""

@@ -5,6 +5,7 @@ from cache.base import KVCache
 from cache.codec import make_codecs
 from cache.config import CacheConfig
 from cache.full import FullLayer
+from cache.kernels import choose_form
 from cache.split import SplitGroup
 
 
@@ -14,8 +15,12 @@ def build_cache(config: CacheConfig, *, n_layer: int, n_kv_head: int, head_dim: 
     shape = dict(batch=batch, n_kv_head=n_kv_head, max_seq_len=max_seq_len, head_dim=head_dim, dtype=dtype, device=device,
                  sliding_window=sliding_window)
     codecs = make_codecs(config.code_widths(n_layer), head_dim, device)
-    return KVCache([FullLayer(group[0], **shape) if config.is_full(group) else SplitGroup(group, config, codecs=codecs, **shape)
-                    for group in config.layer_groups(n_layer)])
+    cache = KVCache([FullLayer(group[0], **shape) if config.is_full(group) else SplitGroup(group, config, codecs=codecs, **shape)
+                     for group in config.layer_groups(n_layer)])
+    form = choose_form(config.attend_form, device)
+    for group in cache.groups:
+        group.form = form
+    return cache
 
 
 def cache_bytes(config: CacheConfig, *, n_layer: int, n_kv_head: int, head_dim: int, batch: int, max_seq_len: int,

@@ -21,7 +21,7 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     n = 2 ** bits
     x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n) * math.sqrt(3)      # density ^ 1/3: near the optimum
     edge = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(3000 if bits < 8 else 300):
+    for _ in range(600 if bits < 8 else 300):
         cut = torch.cat((-edge, (x[1:] + x[:-1]) / 2, edge))
         density, below = torch.exp(-cut.square() / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(cut)
         x = (density[:-1] - density[1:]) / (below[1:] - below[:-1])

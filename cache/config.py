@@ -37,6 +37,7 @@ class CacheConfig:
     window: int = 16                    # newest tokens, exact
     k_bits: int = 16
     v_bits: int = 16
+    attend_form: str = "auto"           # how one new token attends: the fastest there is, or one by name
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -63,8 +64,8 @@ class CacheConfig:
         for setting in settings:
             key, equals, value = setting.partition("=")
             if key not in KEYS[kind] or not equals:
-                exist = f"choose from: {', '.join(KEYS[kind])}" if KEYS[kind] else f"{kind} has none"
-                raise ValueError(f"cache setting {setting!r} is not one of {kind}'s key=value settings; {exist}")
+                raise ValueError(f"cache setting {setting!r} is not one of {kind}'s key=value settings; choose from: "
+                                 f"{', '.join(KEYS[kind])}")
             if key in given:
                 raise ValueError(f"cache setting {key} is given twice ({given[key]} and {value}); give it once")
             given[key] = value
@@ -77,9 +78,14 @@ class CacheConfig:
         return replace(cls(kind=kind), **(PRESETS[preset] if preset else {}) | {key: convert(key, value) for key, value in given.items()})
 
     def build(self, **shape) -> "KVCache":
-        """The cache itself: see `build_cache`. Anything with this method can be given to an Engine as its cache."""
+        """The cache itself: see `build_cache`. Anything with `build` and `nbytes` can be given to an Engine as its cache."""
         from cache.build import build_cache
         return build_cache(self, **shape)
+
+    def nbytes(self, **shape) -> dict[str, int]:
+        """Its bytes by kind, from integers alone: see `cache_bytes`."""
+        from cache.build import cache_bytes
+        return cache_bytes(self, **shape)
 
     def __str__(self) -> str:
         """A SPEC that parses back to this config: the kind and what differs from the defaults."""
@@ -115,11 +121,12 @@ class CacheConfig:
 
 
 CHOICES = {"merge": tuple(RULES), "coef": ("projection", "norm"), "granularity": ("head", "token"),
-           "retention": ("topk", "intended", "literal"), "k_bits": BITS, "v_bits": BITS}
+           "retention": ("topk", "intended", "literal"),
+           "attend_form": ("auto", "reference", "triton", "cpp"), "k_bits": BITS, "v_bits": BITS}
 RANGES = {"group": (2, 8), "t": (0, 1), "retain": (0, 1), "gamma": (0, 1), "sinks": (0, 1024), "window": (0, 1 << 20),
           "merge_from": (0, 1 << 20)}
-_STORED = ("bits", "k_bits", "v_bits", "sinks", "window")
-KEYS = {"full": (), "quant": _STORED,
+_STORED = ("bits", "k_bits", "v_bits", "sinks", "window", "attend_form")
+KEYS = {"full": ("attend_form",), "quant": _STORED,
         "minicache": ("preset", "merge_from", "group", "merge", "t", "coef", "granularity", "merge_k", "merge_v", "retention", "retain",
                       "gamma", *_STORED)}
 # The paper's setting (arXiv 2405.14366, sections 4 and 5) as it stands, retention with the sign that its text means.

@@ -19,7 +19,11 @@ class FullLayer(LayerGroup):
             self.register_buffer(name, torch.zeros(batch, n_kv_head, max_seq_len, head_dim, dtype=dtype, device=device), persistent=False)
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
-        """Write first, then SDPA over all columns: the step's own token is then a column like the others."""
+        """The operator, or: write first, then SDPA over all columns, the step's own token being a column like the others."""
+        if self.form != "reference" and q.shape[2] == 1 and rows is None:
+            y = self.attend_fast(index, q, k, v, input_pos[:, 0])
+            self.write(k, v, input_pos, valid, rows)
+            return y
         self.write(k, v, input_pos, valid, rows)
         S = self.k.shape[2]
         seen = input_pos.clamp_max(S - 1)           # a padded query may stand past the end; it must still see something
@@ -27,6 +31,14 @@ class FullLayer(LayerGroup):
         mask = (column <= seen[..., None]) & self.in_window(column[None, None], seen)
         keys, values = (self.k, self.v) if rows is None else (self.k[rows], self.v[rows])
         return attend_exact(q, keys, values, mask[:, None])
+
+    def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        B, G, _, D = self.k.shape
+        none, no_slots, no_columns = torch.empty(0, device=q.device), self.k.new_empty(B, G, 0), self.k.new_empty(1, B, G, 0, D)
+        y, _ = torch.ops.minicache.attend(
+            q[:, :, 0], none, k[:, :, 0], v[:, :, 0], length, self.k[None], self.v[None], none, none, no_slots.bool(), no_columns,
+            no_columns, no_slots.int(), no_slots.float(), none, no_columns, no_columns, none, none, 0, self.sliding_window or 0)
+        return y.to(q.dtype)[:, :, None]
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:

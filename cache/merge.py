@@ -77,8 +77,11 @@ def distance(x: Tensor) -> Tensor:
 
 
 def angle_between(u: Tensor, w: Tensor) -> Tensor:
-    """Angle of unit vectors, 0 .. pi. arccos of their product has no digits left near 0 and pi; this form has."""
-    return 2 * torch.atan2(length(u - w), length(u + w))
+    """Angle of unit vectors, 0 .. pi. arccos of their product has no digits left near 0 and pi; this form has.
+
+    In fp64: the last bit of an fp32 atan2 depends on a vector's place in the tensor, and would decide between equally far tokens.
+    """
+    return (2 * torch.atan2(length(u - w).double(), length(u + w).double())).float()
 
 
 def length(x: Tensor) -> Tensor:

@@ -141,6 +141,18 @@ class SplitGroup(LayerGroup):
             out.append(y[:, :, :S] * (torch.arange(S, device=length.device) < length[:, None])[:, None, :, None])
         return out[0], out[1]
 
+    def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        none = torch.empty(0, device=q.device)
+        q_rotated = q[:, :, 0].float() @ self.rotation("k") if "k" in self.codec else none
+        y, y_rotated = torch.ops.minicache.attend(
+            q[:, :, 0], q_rotated, k[:, :, 0], v[:, :, 0], length, self.k_direction, self.v_direction, self.k_magnitude, self.v_magnitude,
+            self.exact, self.k_retained, self.v_retained, self.retained_pos, self.retained_score, self.threshold(self.score_range),
+            self.k_window, self.v_window, *(self.codec[x].levels if x in self.codec else none for x in "kv"), index,
+            self.sliding_window or 0)
+        if "v" in self.codec:
+            y = y + y_rotated @ self.rotation("v").mT
+        return y.to(q.dtype)[:, :, None]
+
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
         T, W, last = k.shape[3], self.W, self.k_magnitude.shape[3] - 1

@@ -57,14 +57,14 @@ class Engine:
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
         self.compile = self.device.type == "cuda" if compile is None else compile
-        shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, max_seq_len=max_seq_len, dtype=self.dtype,
-                     sliding_window=c.sliding_window)
-        need = max_batch_size * sum(cache.build(**shape, batch=1, device="meta").nbytes().values())
+        shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=max_batch_size, max_seq_len=max_seq_len,
+                     dtype=self.dtype)
+        need = sum(cache.nbytes(**shape).values())
         room = available_bytes(self.device)
         if room is not None and need > room:
             raise ValueError(f"a {cache} cache of {max_batch_size} rows x {max_seq_len} tokens takes {need:,} bytes, {room:,} are free on "
                              f"{self.device}; {room * max_batch_size // need} rows would fit: lower the batch size or --max-seq-len")
-        self.cache = cache.build(**shape, batch=max_batch_size, device=self.device)
+        self.cache = cache.build(**shape, device=self.device, sliding_window=c.sliding_window)
         self.rope = Rope(c, max_seq_len).to(self.device)
         self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
         self.decode_one_token = self._compiled(self.step) if self.compile else self.step

@@ -65,7 +65,8 @@ def figures(engine: "Engine", stats: Stats) -> dict[str, float | int | str | boo
     return {"ttft_s": stats.ttft_s, "prefill_tokens_per_s": stats.prefill_tokens_per_s, "decode_tokens_per_s": stats.decode_tokens_per_s,
             "kv_bytes": sum(by_kind.values()), "kv_bytes_by_kind": by_kind, "bits_per_element": engine.bits_per_element,
             "ratio_to_full": 16 / engine.bits_per_element, **cache.report(), "peak_bytes": peak_bytes(engine.device),
-            "cache": str(engine.cache_config), "compile": engine.compile, "device": str(engine.device),
+            "cache": str(engine.cache_config), "attend_form": cache.groups[-1].form, "compile": engine.compile,
+            "device": str(engine.device),
             "dtype": str(engine.dtype).removeprefix("torch.")}
 
 

@@ -56,7 +56,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MixtureOfExperts(config) if config.n_expert else MLP(config)
 
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], layer_cache, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], layer_cache, input_pos: Tensor, valid: Tensor,
+                rows: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos_sin, layer_cache, input_pos, valid, rows)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -71,7 +72,8 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], layer_cache, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], layer_cache, input_pos: Tensor, valid: Tensor,
+                rows: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, 1)    # [B, H | G | G, T, D]
         y = layer_cache.attend(apply_rope(q, *cos_sin), apply_rope(k, *cos_sin), v, input_pos, valid, rows)

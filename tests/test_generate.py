@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GREEDY = ["--temperature", "0", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "12"]
 KEYS = {"text", "prompt_ids", "tokens", "prompt_tokens", "new_tokens", "finish_reason"}
 WHOLE_KEYS = {"ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes", "kv_bytes_by_kind", "bits_per_element", "ratio_to_full",
-              "peak_bytes", "cache", "compile", "device", "dtype"}
+              "peak_bytes", "cache", "attend_form", "compile", "device", "dtype"}
 
 
 @pytest.fixture

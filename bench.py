@@ -1,0 +1,65 @@
+"""Measure a cache: its bytes, its speed, its loss.
+
+Contract: a table on stdout, progress on stderr, --out FILE.json one JSON object (machine, versions, settings, all rows),
+--plot FILE.png. Exit status 0, or 2 with one line that says what was wrong. Each subject is a module of engine/measure.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from generate import Parser, add_model_options, exit_status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+
+    def subject(name: str, help: str, caches: bool = True) -> argparse.ArgumentParser:
+        sub = subjects.add_parser(name, help=help, description=help, allow_abbrev=False)
+        add_model_options(sub)
+        if caches:
+            sub.add_argument("--cache", metavar="SPEC", nargs="+", action="extend", help="caches to measure, written as for generate.py")
+        sub.add_argument("--out", metavar="FILE", help="write one JSON object")
+        sub.add_argument("--plot", metavar="FILE", help="write a PNG (needs matplotlib)")
+        return sub
+
+    # subjects are added here, each with the options of its module
+    sub = subject("quality", "what a cache costs in accuracy, next to its bytes")
+    add = sub.add_argument
+    add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
+    add("--context", metavar="N", type=int, default=320, help="tokens of a window that are stored first (default: 320)")
+    add("--continuation", metavar="M", type=int, default=128, help="tokens after them, fed one by one and scored (default: 128)")
+    add("--windows", metavar="K", type=int, default=16, help="windows, spread evenly over the text (default: 16)")
+    add("--batch-size", metavar="B", type=int, default=8, help="windows that run together (default: 8)")
+    sub = subject("similarity", "how alike K and V of different layers are, and which pairs to merge", caches=False)
+    add = sub.add_argument
+    add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
+    add("--context", metavar="N", type=int, default=512, help="tokens of a window (default: 512)")
+    add("--windows", metavar="K", type=int, default=8, help="windows, spread evenly over the text (default: 8)")
+    sub = subject("throughput", "how many rows of a cache fit and how fast they run, next to what its bytes allow")
+    add = sub.add_argument
+    add("--model", metavar="NAME", help="random weights in a named shape, e.g. llama-2-7b, instead of a checkpoint")
+    add("--layers", metavar="N", type=int, help="with --model: only so many layers, for a shape that fits here")
+    add("--batch-sizes", metavar="B,B", help="rows that run together (default: 1,8,32)")
+    add("--fill-memory", metavar="GB", type=float, help="instead: for each cache as many rows as fit beside the weights in GB (1e9 bytes)")
+    add("--prompt-tokens", metavar="N", type=int, help="tokens of a prompt (default: 161), with --trace the most")
+    add("--new-tokens", metavar="N", type=int, help="new tokens of a row (default: 338), with --trace the most")
+    add("--trace", metavar="FILE", help="CSV of real lengths (ContextTokens, GeneratedTokens); rows that finish take the next request")
+    add("--requests", metavar="N", type=int, help="how many requests of the trace, from its start (default: 64)")
+    add("--peer", choices=("transformers",), help="the caches of another library on the same weights, in the same run")
+    add("--card-only", action="store_true", help="print the static card; nothing is measured or allocated")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default: on a GPU)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line -> exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return exit_status(parser.prog, lambda: importlib.import_module(f"engine.measure.{args.subject}").run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What bench.py measures: one module for each of its subjects. Nothing else imports these."""

@@ -1,0 +1,132 @@
+"""One cell of a throughput table: one cache, one batch, in a process of its own.
+
+Contract: `measure_apart(cell)` starts `python -m engine.measure.cell`, which reads a Cell as JSON and answers with one JSON line: figures,
+or `error`. A process a cell because the resident set never falls, because the graphs of one cache must not count against the recompile
+limit of another, and because running out of memory then ends one cell alone. Warm-up, with all compiling, is a run of its own, not counted.
+"""
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cache import CacheConfig
+from engine.engine import Engine
+from engine.measure.card import measure_rates
+from engine.measure.peers import Peer
+from engine.sampling import SamplingParams
+from engine.stats import Stats, Step, peak_bytes
+from model.config import named_config
+from weights import available_bytes, load_model, random_model
+
+WARM_UP_TOKENS = 8          # CUDA graphs: one step compiles, one records, the next ones replay
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run. `lengths`: (prompt tokens, new tokens) of each request; more of them than `batch` are queued."""
+
+    device: str
+    dtype: str
+    threads: int = 1                        # of torch on the CPU
+    checkpoint: str | None = None           # a folder, or else:
+    model: str | None = None                # a named shape with random weights,
+    layers: int | None = None               # cut to so many layers
+    cache: str = "full"
+    peer: str | None = None                 # a cache class of transformers instead of `cache`
+    batch: int = 1
+    capacity: int = 1
+    lengths: Sequence[tuple[int, int]] = () # empty: measure the machine's rates instead
+    compile: bool = False
+    memory_limit: int | None = None         # bytes; enforced on CUDA only
+
+
+def measure_apart(cell: Cell) -> dict:
+    """The figures of `cell`, or {"error": one line}. KeyboardInterrupt ends the child, too."""
+    root = Path(__file__).resolve().parents[2]
+    # a session of its own: Ctrl-C reaches this process alone, which then ends the child
+    done = subprocess.run([sys.executable, "-m", "engine.measure.cell"], input=json.dumps(asdict(cell)), stdout=subprocess.PIPE,
+                          text=True, cwd=root, start_new_session=True)
+    if done.returncode:
+        why = " (killed: out of memory?)" if done.returncode == -9 else ""
+        return {"error": f"the measuring process ended with status {done.returncode}{why}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    cell = Cell(**json.load(sys.stdin))
+    try:
+        result = measure(cell)
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:      # RuntimeError: torch out of memory, or its compiler
+        result = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+    print(json.dumps(result))
+    return 0
+
+
+def measure(cell: Cell) -> dict:
+    """Run it here. ValueError where weights or cache do not fit."""
+    device, dtype = torch.device(cell.device), getattr(torch, cell.dtype)
+    if not cell.lengths:
+        return {"memory_bytes": available_bytes(device)} | measure_rates(device, dtype)
+    torch.set_num_threads(cell.threads)
+    if cell.memory_limit and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if cell.memory_limit > total:
+            raise ValueError(f"--fill-memory asks for {cell.memory_limit:,} bytes, {device} has {total:,}; give less")
+        torch.cuda.set_per_process_memory_fraction(cell.memory_limit / total, device)
+    # 1. the model and what runs it
+    if cell.model:
+        config = named_config(cell.model)
+        model = random_model(replace(config, n_layer=cell.layers or config.n_layer), device=device, dtype=dtype)
+    else:
+        model = load_model(cell.checkpoint, device=device, dtype=dtype)
+    if cell.peer:
+        runner = Peer(model, cell.peer, checkpoint=cell.checkpoint, capacity=cell.capacity, compile=cell.compile)
+    else:
+        runner = Engine(model, max_batch_size=cell.batch, max_seq_len=cell.capacity, cache=CacheConfig.parse(cell.cache),
+                        compile=cell.compile)
+    prompts = random_prompts(model.config.vocab_size, [p for p, _ in cell.lengths])
+    params, brief = ([SamplingParams(max_new_tokens=min(n, most)) for _, n in cell.lengths] for most in (cell.capacity, WARM_UP_TOKENS))
+    # 2. once to warm up, once to measure
+    for _ in runner.generate(prompts[:cell.batch], brief[:cell.batch]):
+        pass
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    result = figures(runner.generate(prompts, params))
+    wall_s = time.perf_counter() - begin
+    allocated = runner.kv_bytes() if cell.peer else sum(runner.cache.nbytes().values())
+    return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "kv_bytes_allocated": allocated,
+                     "peak_bytes": peak_bytes(device)}
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    """The same ids for every cache and every peer."""
+    source = random.Random(0)
+    return [[source.randrange(vocab_size) for _ in range(n)] for n in lengths]
+
+
+def figures(steps: Iterator[Step]) -> dict:
+    """Run a warm generate() to its end -> times and rates, prefill and decode apart."""
+    stats = Stats()
+    for step in steps:
+        stats.add(step)
+    decode = [s for s in stats.steps if s.phase == "decode"]
+    seconds = sorted(s.seconds for s in decode)
+    new_tokens, decoded_tokens = (sum(len(s.tokens) for s in steps) for steps in (stats.steps, decode))
+    result = {"ttft_s": stats.ttft_s, "prefill_tokens_per_s": stats.prefill_tokens_per_s, "new_tokens": new_tokens,
+              "decoded_tokens": decoded_tokens, "decode_steps": len(decode)}
+    if decode:
+        result |= {"decode_tokens_per_s": stats.decode_tokens_per_s, "median_step_s": stats.median_step_s,
+                   "p95_step_s": seconds[math.ceil(0.95 * len(seconds)) - 1]}
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
