@@ -84,10 +84,10 @@ class Engine:
 
     def _compiled(self, step: DecodeStep):
         """One graph, or an error; an engine's recompiles do not count against those of another where torch can tell them apart."""
-        options = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            options["isolate_recompiles"] = True
-        return torch.compile(step, fullgraph=True, dynamic=False, **options)
+        isolate = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+        # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes
+        options = {"reorder_for_locality": False, "triton.cudagraphs": self.device.type == "cuda"}
+        return torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
 
     @property
     def bits_per_element(self) -> float:

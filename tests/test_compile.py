@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_engine import PROMPTS, alone, model, run
 
+from cache import CacheConfig
 from engine import Engine, SamplingParams
 
 CAPACITY, ROWS = 37, 3      # odd: no other size of this model has the factor 37
@@ -40,7 +41,7 @@ def compiled() -> Iterator[Compiled]:
         pytest.skip("inductor needs a C++ compiler on CPU")
     from torch._dynamo.utils import counters
     from torch._inductor.utils import run_and_get_code
-    e = Engine(model(9), max_batch_size=ROWS, max_seq_len=CAPACITY, compile=True)
+    e = Engine(model(9), max_batch_size=ROWS, max_seq_len=CAPACITY, cache=CacheConfig(attend_form="reference"), compile=True)
     before = addresses(e)
     counters.clear()
     _, code = run_and_get_code(lambda: list(e.generate(PROMPTS[:4], PARAMS)))
