@@ -144,7 +144,8 @@ def reference(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, in
 def configs(draw: st.DrawFn) -> CacheConfig:
     """Every setting that the split layout has, n = 1, 2, 3."""
     n = draw(st.sampled_from([1, 2, 2, 3]))
-    stored = dict(window=draw(st.sampled_from([0, 1, 5, 16])), sinks=draw(st.sampled_from([0, 1, 4])))
+    stored = dict(window=draw(st.sampled_from([0, 1, 5, 16])), sinks=draw(st.sampled_from([0, 1, 4])),
+                  attend_form=draw(st.sampled_from(["reference", "auto"])))
     if n == 1:
         return CacheConfig("quant", **stored)
     rule = draw(st.sampled_from(["slerp", "mean", "max-norm", "optimal"] if n == 2 else ["mean", "max-norm", "optimal"]))
@@ -193,7 +194,7 @@ def test_attend_is_sdpa_over_read(config: CacheConfig, seed: int, T: int, heads:
             torch.testing.assert_close(got[:, :, :40], x[i] * seen, rtol=1e-5, atol=1e-5)
 
 
-@quick(25)
+@quick(15)
 @given(config=configs(), seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=30))
 def test_commit_is_associative(config: CacheConfig, seed: int, cuts: list[int]) -> None:
     """Guards: a schedule that shows in the state. One piece, 5 x 8, 40 x 1, any other cut of ragged rows, ties included: one state."""
