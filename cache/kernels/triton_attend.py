@@ -1,0 +1,93 @@
+"""`minicache::attend` on CUDA: what to launch, and how the work is cut. The device code is in triton_kernels.py.
+
+`load()` registers it; `attend_triton` has the operator's arguments. No host sync: a row's length is read on the device, so the cost follows
+what is filled, and a CUDA graph may hold the launches. Scratch is allocated here, from the graph's pool when one is captured.
+Trap: triton is imported by the first call, not by this module; torch's CUDA wheels bring it.
+"""
+import functools
+
+import torch
+from torch import Tensor
+
+from cache.kernels import library
+
+RESIDENT_WARPS = 16     # of one multiprocessor: what 128 registers a thread leave room for
+
+
+@functools.cache
+def load() -> bool:
+    """Register the CUDA form, once. False where triton or a CUDA device of capability 8.0 (bf16 in tensor cores) is absent."""
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        import cache.kernels.triton_kernels  # noqa: F401
+    except ImportError:
+        return False
+    library.impl("attend", attend_triton, "CUDA")
+    return True
+
+
+def attend_triton(q: Tensor, q_rotated: Tensor, k: Tensor, v: Tensor, length: Tensor, k_stored: Tensor, v_stored: Tensor,
+                  k_magnitude: Tensor, v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor,
+                  retained_score: Tensor, threshold: Tensor, k_window: Tensor, v_window: Tensor, k_levels: Tensor, v_levels: Tensor,
+                  index: int, sliding_window: int) -> tuple[Tensor, Tensor]:
+    """The operator (see cache/kernels/__init__.py) -> y, y_rotated [B, H, D] fp32. Stored buffers are contiguous."""
+    y, y_rotated = torch.empty(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
+    stored = {"k_stored": k_stored, "v_stored": v_stored, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude, "k_retained": k_retained,
+              "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
+    tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
+    tensors |= {name: x.contiguous() for name, x in dict(q=q, q_rotated=q_rotated, k=k, v=v, length=length).items()}
+    tensors |= dict(exact=exact, retained_pos=retained_pos, retained_score=retained_score, threshold=threshold, k_levels=k_levels,
+                    v_levels=v_levels)
+    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1      # 1: the interpreter, on CPU
+    with torch.cuda.device_of(q):
+        for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
+            kernel[grid](**arguments, **options)
+    return y, y_rotated
+
+
+def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
+    """The two launches as (kernel, grid, arguments by name, options), for the operator's tensors of one layer (`index` picked).
+
+    Work for `sms` multiprocessors; on meta tensors it plans only, which is what compiling ahead of time needs.
+    """
+    from cache.kernels import triton_kernels as kernels
+    q, k_stored, v_stored = tensors["q"], tensors["k_stored"], tensors["v_stored"]
+    (B, H, D), (G, N), R = q.shape, k_stored.shape[1:3], tensors["retained_pos"].shape[-1]
+    W = tensors["k_window"].shape[-2] if tensors["k_window"].numel() else 0
+    rows, heads = B * G, H // G
+    tensors = tensors | {name: tensors["k"] for name in ("k_retained", "v_retained", "k_window", "v_window") if not tensors[name].numel()}
+    bits = [x.shape[-1] * 8 // D if x.dtype == torch.uint8 else 16 for x in (k_stored, v_stored)]
+    slots = [kernels.slots(b) for b in bits]
+    widths = [max(16, power_of_2(D // n)) for n in slots]
+    fast = [b in (4, 2) or b == 3 and D % 32 == 0 for b in bits]        # 4 coordinates at once are on one side of the high plane
+    asm = [kernels.lookup_asm(b) if use and q.dtype != torch.float32 else ("", "") for b, use in zip(bits, fast, strict=True)]
+    # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers
+    warps, wide = min(max(widths[1] // 16, 1), 4), q.dtype == torch.float32
+    block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 else 16, 8))
+    # 2. how many programs share a row: all that are resident at once, or several rounds of them where that leaves no short last round
+    resident = max(1, sms * RESIDENT_WARPS // warps)
+    splits = resident // rows if rows * 8 <= resident else -(-4 * resident // rows)
+    splits = max(1, min(splits, -(-N // block)))
+    exact_splits = max(1, min(splits, -(-(R + W) // exact_block)))
+    partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
+    lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
+    sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
+    shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
+    split = tensors | sizes | shape | dict(
+        partial=partial, lse=lse, R=R, HP=max(8, power_of_2(heads)), K_BITS=bits[0], V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1],
+        KP=widths[0], VP=widths[1], K_ASM=asm[0][0], V_ASM=asm[1][0], K_CONSTRAINTS=asm[0][1], V_CONSTRAINTS=asm[1][1],
+        SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
+        STAGES=2 if min(bits) == 16 and not wide else 1)
+    combine = sizes | shape | dict(
+        partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
+        SPLITS=power_of_2(exact_splits + splits), TILE=16)
+    # four warps of codes need just over 128 registers when left alone; at 128 a fourth program is resident, without a spill
+    options = {"num_warps": warps} | ({"maxnreg": 128} if warps == 4 and max(bits) <= 4 and not wide else {})
+    return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
+            (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
