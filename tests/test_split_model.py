@@ -293,7 +293,7 @@ def test_decode_does_not_grow(tiny_checkpoint) -> None:
     for i, _ in enumerate(e.generate(random_ids(e.model, 2, 9).tolist(), SamplingParams(max_new_tokens=68))):
         if i in (4, 64):
             gc.collect()
-            storages = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]   # not the fake ones of a compiled test
+            storages = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]    # no fake ones
             sizes.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
             del storages
     assert len(sizes) == 2 and sizes[0] == sizes[1]

@@ -1,0 +1,200 @@
+// One new token per row against a row's stored tokens, on CPU. The operator: cache/kernels/__init__.py; the buffers: cache/split.py.
+//
+// What a query may see is a list of columns: a K row, a V row and their scales, wherever they lie. Masked columns never enter the list, so
+// no arithmetic knows a mask. The list of one kv head is cut into tasks of TASK columns: merged columns, and all exact ones (retained,
+// window, the new token). A task goes through a block of columns at a time (block.h), for the H / G query heads of its kv head together:
+//     K rows -> scratch -> scores -> online softmax -> V rows -> the same scratch -> y += p V
+// and leaves (y, maximum, total) per head; the tasks of a kv head are then joined by log-sum-exp. Where tasks start depends on the row's
+// own length alone, so a row's result depends neither on its neighbours nor on the number of threads.
+#include "block.h"
+
+namespace {
+
+constexpr int TASK = 512;
+
+struct Args {       // filled by cache/kernels/cpp.py in this order, eight bytes each
+    const char* q; const float* q_rotated; const char *k, *v; const int64_t* length;
+    const char *k_stored, *v_stored, *k_magnitude, *v_magnitude; const uint8_t* exact;
+    const char *k_retained, *v_retained; const int32_t* retained_pos; const float *retained_score, *threshold;
+    const char *k_window, *v_window; const float *k_levels, *v_levels; float *y, *y_rotated;
+    int64_t B, H, G, D, N, R, W, k_bits, v_bits, k_own, v_own, index, dtype, half_magnitude, sliding_window, threads;
+};
+
+struct Task { int64_t b, g, first, last; bool exact; };     // columns first .. last of the merged ones, or of retained + window + new token
+
+// One thread's state, and how it turns a task into `out`: y [heads, P], maximum [heads], total [heads].
+struct Worker {
+    const Args& a;
+    const Format &k_codes, &v_codes, plain;
+    const Format *k_format = nullptr, *v_format = nullptr;      // of the task at hand
+    const int heads, D, P;
+    int n = 0;                              // columns in the block
+    const char *k[BLOCK], *v[BLOCK];
+    float k_scale[BLOCK], v_scale[BLOCK];
+    Scratch scratch;
+    std::vector<float> q, s, k_by, v_by;
+    std::vector<int32_t> q_pairs, p_pairs;
+    float *y = nullptr, *top = nullptr, *total = nullptr;
+
+    Worker(const Args& a, const Format& k_codes, const Format& v_codes, int P)
+        : a(a), k_codes(k_codes), v_codes(v_codes), plain((Type)a.dtype, 16, nullptr), heads(a.H / a.G), D(a.D), P(P), scratch(D, P),
+          q(heads * P), s(heads * BLOCK), k_by(heads), v_by(heads), q_pairs(heads * P / 2), p_pairs(heads * BLOCK) {}
+
+    void run(const Task& task, float* out) {
+        y = out, top = y + heads * P, total = top + heads;
+        std::fill(y, total + heads, 0.f);
+        std::fill(top, total, -1e30f);      // finite: exp(-inf - maximum) is 0, never nan
+        k_format = task.exact ? &plain : &k_codes, v_format = task.exact ? &plain : &v_codes;
+        for (int h = 0; h < heads; h++) {
+            const int64_t at = task.b * a.H + task.g * heads + h;
+            if (k_format->bits < 16) widen((const char*)(a.q_rotated + at * D), F32, D, P, &q[h * P]);
+            else widen(a.q + at * plain.bytes(D), plain.type, D, P, &q[h * P]);
+            k_by[h] = 1 / std::sqrt((float)D);
+            if (k_format->pairs) pack_q(h);
+        }
+        task.exact ? exact_columns(task) : merged_columns(task);
+        if (n) flush();
+    }
+
+    void merged_columns(const Task& task) {
+        const int64_t head = (task.b * a.G + task.g) * a.N, layer = a.index * a.B * a.G * a.N;
+        const int64_t k_row = k_codes.bytes(D), v_row = v_codes.bytes(D);
+        const char *k_from = a.k_stored + a.k_own * layer * k_row, *v_from = a.v_stored + a.v_own * layer * v_row;
+        for (int64_t c = head + task.first; c < head + task.last; c++) {
+            if (a.exact && a.exact[c]) continue;
+            push(k_from + c * k_row, v_from + c * v_row, magnitude(a.k_magnitude, layer + c), magnitude(a.v_magnitude, layer + c));
+        }
+    }
+
+    void exact_columns(const Task& task) {
+        const int64_t head = task.b * a.G + task.g, layer = a.index * a.B * a.G, length = a.length[task.b], row = plain.bytes(D);
+        const int64_t from = a.sliding_window ? length - a.sliding_window + 1 : 0;      // first position that is seen
+        for (int64_t i = task.first; i < task.last; i++) {
+            if (i < a.R) {
+                const int64_t slot = head * a.R + i, at = (layer * a.R + slot) * row;
+                if (a.retained_score[slot] > a.threshold[head] && a.retained_pos[slot] >= from)
+                    push(a.k_retained + at, a.v_retained + at, 1, 1);
+            } else if (i < a.R + a.W) {     // the ring's slot w holds the newest position p < length with p mod W = w
+                const int64_t w = i - a.R, at = ((layer + head) * a.W + w) * row;
+                if (w < length && length - 1 - (length - 1 - w) % a.W >= from) push(a.k_window + at, a.v_window + at, 1, 1);
+            } else {
+                push(a.k + head * row, a.v + head * row, 1, 1);
+            }
+        }
+    }
+
+    float magnitude(const char* of, int64_t i) const {
+        return !of ? 1.f : a.half_magnitude ? from_half(((const uint16_t*)of)[i]) : ((const float*)of)[i];
+    }
+
+    void push(const char* k_row, const char* v_row, float k_magnitude, float v_magnitude) {
+        k[n] = k_row, v[n] = v_row, k_scale[n] = k_magnitude, v_scale[n] = v_magnitude;
+        if (++n == BLOCK) flush();
+    }
+
+    void flush() {      // the block joins (y, maximum, total)
+        const float* words = scratch.words.data();
+        const auto pairs = (const int32_t*)words;
+        scratch.fill(k, n, *k_format, false);
+        for (int h = 0; h < heads; h += 8) {
+            const int more = std::min(heads - h, 8) - 1;
+            if (k_format->pairs) Loops<int32_t>::scores[more](&q_pairs[h * P / 2], pairs, n, P / 2, &s[h * BLOCK]);
+            else Loops<float>::scores[more](&q[h * P], words, n, P, &s[h * BLOCK]);
+        }
+        for (int c = n; c < BLOCK; c++) k_scale[c] = 1, v_scale[c] = 0, v[c] = v[0];
+        for (int h = 0; h < heads; h++) softmax(&s[h * BLOCK], h);
+        scratch.fill(v, n, *v_format, true);
+        for (int h = 0; h < heads; h += 8) {
+            const int more = std::min(heads - h, 8) - 1;
+            if (v_format->pairs) Loops<int32_t>::adds[more](&p_pairs[h * BLOCK], pairs, std::min(n, BLOCK / 2), P, &v_by[h], y + h * P);
+            else Loops<float>::adds[more](&s[h * BLOCK], words, n, P, &v_by[h], y + h * P);
+        }
+        n = 0;
+    }
+
+    void softmax(float* p, int h) {     // scores of the block -> probabilities times v_scale, relative to the maximum so far
+        std::fill(p + n, p + BLOCK, -INFINITY);
+        vf most = all(top[h]), part = {}, bound = {};
+        for (int c = 0; c < BLOCK; c += LANES) {
+            const vf x = load(p + c) * (load(k_scale + c) * k_by[h]);
+            store(p + c, x), most = larger(most, x);
+        }
+        const float maximum = largest(most);
+        if (maximum > top[h]) {
+            const float fade = std::exp(top[h] - maximum);
+            for (int i = 0; i < P; i++) y[h * P + i] *= fade;
+            total[h] *= fade, top[h] = maximum;
+        }
+        for (int c = 0; c < BLOCK; c += LANES) {
+            const vf e = exponential(load(p + c) - maximum), x = e * load(v_scale + c);
+            store(p + c, x), part += e, bound = larger(bound, larger(x, -x));
+        }
+        total[h] += sum(part), v_by[h] = 1;
+        if (v_format->pairs) {
+            const float unit = std::max(largest(bound), 1e-30f) / INT_MAX_V, by = 1 / unit;
+            for (int c = 0; c < BLOCK / 2; c += LANES)
+                store(&p_pairs[h * BLOCK + c], pair(nearest(load(p + c) * by), nearest(load(p + c + BLOCK / 2) * by)));
+            v_by[h] = unit * v_format->unit;
+        }
+    }
+
+    void pack_q(int h) {        // the largest integer is such that P / LANES products with a level stay below 2^31
+        const float* x = &q[h * P];
+        vf bound = all(1e-30f);
+        for (int i = 0; i < P; i += LANES) bound = larger(bound, larger(load(x + i), -load(x + i)));
+        const float unit = largest(bound) / std::min(32767.f, 0x1p21f / P), by = 1 / unit;
+        for (int i = 0; i < P / 2; i += LANES)
+            store(&q_pairs[h * P / 2 + i], pair(nearest(load(x + i) * by), nearest(load(x + i + P / 2) * by)));
+        k_by[h] *= unit * k_format->unit;
+    }
+};
+
+// The tasks of one kv head joined: each counts by exp(its maximum - the largest).
+void join(const Args& a, const Task* task, int64_t n, const float* partial, int64_t size, int P) {
+    const int heads = a.H / a.G;
+    for (int h = 0; h < heads; h++) {
+        const int64_t at = (task->b * a.H + task->g * heads + h) * a.D;
+        float *y = a.y + at, *y_rotated = a.y_rotated + at, most = -1e30f, total = 0;
+        std::fill(y, y + a.D, 0.f), std::fill(y_rotated, y_rotated + a.D, 0.f);
+        for (int64_t t = 0; t < n; t++) most = std::max(most, partial[t * size + heads * P + h]);
+        for (int64_t t = 0; t < n; t++) {
+            const float *part = partial + t * size, by = std::exp(part[heads * P + h] - most);
+            float* to = !task[t].exact && a.v_bits < 16 ? y_rotated : y;
+            for (int i = 0; i < a.D; i++) to[i] += by * part[h * P + i];
+            total += by * part[heads * P + heads + h];
+        }
+        for (int i = 0; i < a.D; i++) y[i] /= total, y_rotated[i] /= total;
+    }
+}
+
+}  // namespace
+
+extern "C" void attend(const Args* args) {
+    const Args& a = *args;
+    const int P = (a.D + 31) / 32 * 32;
+    const Format k_codes((Type)a.dtype, a.k_bits, a.k_levels), v_codes((Type)a.dtype, a.v_bits, a.v_levels);
+    std::vector<Task> tasks;
+    std::vector<size_t> first;      // of each kv head
+    for (int64_t b = 0; b < a.B; b++) {
+        const int64_t length = a.length[b], end = std::clamp<int64_t>(length - a.W, 0, a.N), exact = a.R + a.W + 1;
+        const int64_t start = a.sliding_window ? std::max<int64_t>(length - a.sliding_window + 1, 0) : 0;
+        for (int64_t g = 0; g < a.G; g++) {
+            first.push_back(tasks.size());
+            for (int64_t c = start; c < end; c += TASK) tasks.push_back({b, g, c, std::min(c + TASK, end), false});
+            for (int64_t c = 0; c < exact; c += TASK) tasks.push_back({b, g, c, std::min(c + TASK, exact), true});
+        }
+    }
+    first.push_back(tasks.size());
+    const int64_t size = a.H / a.G * (P + 2), n_tasks = tasks.size(), n_heads = a.B * a.G;
+    static thread_local std::vector<float> partial;     // kept between calls: fresh pages cost more than the arithmetic on them
+    if ((int64_t)partial.size() < size * n_tasks) partial.resize(size * n_tasks);
+    float* out = partial.data();
+#pragma omp parallel num_threads((int)std::min(a.threads, n_tasks))
+    {
+        Worker worker(a, k_codes, v_codes, P);
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < n_tasks; t++) worker.run(tasks[t], out + t * size);
+#pragma omp for
+        for (int64_t i = 0; i < n_heads; i++) join(a, &tasks[first[i]], first[i + 1] - first[i], out + first[i] * size, size, P);
+    }
+}

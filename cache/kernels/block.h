@@ -1,0 +1,256 @@
+// What happens to one block of up to BLOCK columns: rows of storage -> scratch that stays in L1, scores of a query, weighted sum of values.
+//
+// Scratch has one of two forms, both of 32-bit words, so one lookup and one pair of loops serve both:
+//   float  plain rows, and codes of fp32 models: a word is a number
+//   pairs  codes of bf16 and fp16 models: a word is two int16 levels, multiplied and summed in one instruction. Queries and probabilities
+//          become int16 too, with a unit per head; all have 13 bits and a sign, finer than the model's own numbers. That halves lookups
+//          and multiplications. K pairs coordinates i and i + P / 2 of a column; V pairs columns c and c + BLOCK / 2 of a coordinate.
+// Rows of scratch are P = D rounded up to 32 words. What stands in the pads of K meets zeros of the query, so it must only be finite.
+// Vectors are the compiler's own (GCC and clang); AVX2 is written out only where they fall short: lookups, products of pairs, sums.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = 8, BLOCK = 32;
+constexpr float INT_MAX_V = 8191;       // largest level and probability as int16: BLOCK products of the two stay below 2^31
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+// -- vectors ----------------------------------------------------------------------------------------------------------------------------
+INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
+template <class V> INLINE void store(void* p, V x) { memcpy(p, &x, sizeof x); }
+INLINE vf all(float x) { return vf{x, x, x, x, x, x, x, x}; }
+INLINE vi all(int32_t x) { return vi{x, x, x, x, x, x, x, x}; }
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+INLINE vf to_float(vf x) { return x; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vf multiply_add(vf acc, vf a, vf b) { return acc + a * b; }
+INLINE vi multiply_add(vi acc, vi a, vi b) {        // pairs: acc + a.low * b.low + a.high * b.high
+#ifdef __AVX2__
+    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+INLINE vi pair(vi low, vi high) { return (low & 0xffff) | high << 16; }
+INLINE vi nearest(vf x) {               // |x| < 2^22: adding 1.5 * 2^23 leaves the nearest integer in the low bits
+    const vf big = all(12582912.f);
+    return (vi)(x + big) - (vi)big;
+}
+INLINE vf exponential(vf x) {           // x <= 0; exactly 0 below -87. Degree 6 within +-ln(2) / 2: relative error 2e-7
+    const vf in = larger(x, all(-88.f));
+    const vi n = nearest(in * 1.44269504f);
+    const vf by = to_float(n), r = in - by * 0.693359375f + by * 2.12194440e-4f;
+    const vf p = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    return (vf)((vi)(p * (vf)((n + 127) << 23)) & (x > -87.f));
+}
+INLINE float largest(vf x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
+    return most;
+}
+INLINE float sum(vf x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+template <class V> INLINE void sums(const V* x, int n, float* out) {        // out[i] = sum of x[i]; fills out up to a multiple of 4
+    for (int i = 0; i < n; i += 4) {
+#ifdef __AVX2__
+        auto at = [&](int j) { return (__m256)to_float(x[std::min(i + j, n - 1)]); };
+        const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(at(0), at(1)), _mm256_hadd_ps(at(2), at(3)));
+        _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+        for (int j = i; j < std::min(i + 4, n); j++) out[j] = sum(to_float(x[j]));
+#endif
+    }
+}
+
+// -- formats ----------------------------------------------------------------------------------------------------------------------------
+enum Type { F32, BF16, F16 };
+
+INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+INLINE float from_half(uint16_t h) {
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
+    return from_bits((h & 0x7fffu) << 13 | (h & 0x8000u) << 16) * 0x1p112f;     // a multiplication moves the exponent of subnormals too
+#endif
+}
+
+// What a stored row means: plain numbers of a type (bits 16), or codes and the two halves of the word that a code becomes.
+struct Format {
+    int bits;
+    Type type;
+    bool pairs;
+    float unit = 1;                         // of int16 levels
+    uint32_t low[256] = {}, high[256] = {};
+    alignas(32) uint8_t byte[4][16] = {};   // the first 16 words byte by byte, for lookups by byte shuffle
+
+    Format(Type type, int bits, const float* level) : bits(bits), type(type), pairs(bits < 16 && type != F32) {
+        const int n = bits < 16 ? 1 << bits : 0;
+        if (pairs) unit = std::max(std::abs(level[0]), std::abs(level[n - 1])) / INT_MAX_V;     // levels ascend
+        for (int i = 0; i < n; i++) {
+            uint32_t word;
+            memcpy(&word, &level[i], 4);
+            if (pairs) word = (uint16_t)std::lrint(level[i] / unit) * 0x10001u;     // the level in both halves
+            low[i] = word & 0xffff, high[i] = word & 0xffff0000;
+            for (int j = 0; j < 4 && i < 16; j++) byte[j][i] = word >> 8 * j;
+        }
+    }
+    int64_t bytes(int64_t D) const { return bits < 16 ? D * bits / 8 : D * (type == F32 ? 4 : 2); }     // of a row
+};
+
+INLINE void widen(const char* row, Type type, int D, int P, float* out) {
+    auto in = (const uint16_t*)row;
+    if (type == F32) memcpy(out, row, 4 * D);
+    else if (type == BF16) for (int i = 0; i < D; i++) out[i] = from_bits((uint32_t)in[i] << 16);
+    else for (int i = 0; i < D; i++) out[i] = from_half(in[i]);
+    for (int i = D; i < P; i++) out[i] = 0;
+}
+
+// A row of codes -> one code a byte, in order. Packed by planes: coordinate c of a plane with p codes a byte is in byte c mod (D / p).
+// W: as many bytes as are worked on at once, at most D / p; the last step overlaps the one before where they do not fill it.
+template <int BITS, class W> INLINE void unpack(const char* row, int D, uint8_t* code) {
+    constexpr int PLACES = BITS == 4 ? 2 : BITS == 2 ? 4 : 8;
+    const int n = D / PLACES, step = sizeof(W);
+    auto each = [](int x) { W w; memset(&w, x, sizeof w); return w; };
+    auto read = [&](int i) { W w; memcpy(&w, row + i, sizeof w); return w; };
+    for (int i = 0, last = 0; !last; i += step) {
+        last = i + step >= n, i = std::min(i, n - step);
+        const W w = read(i), next = BITS == 3 ? read(n + i) : w, top = BITS == 3 ? read(2 * n + i) : w;     // 3: planes of 2 bits and of 1
+        for (int j = 0; j < PLACES; j++) {
+            W x = w >> j * BITS & each((1 << BITS) - 1);
+            if (BITS == 3) x = ((j % 2 ? next : w) >> j / 2 * 2 & each(3)) | (top >> j & each(1)) << 2;
+            memcpy(code + j * n + i, &x, sizeof x);
+        }
+    }
+}
+template <int BITS> INLINE void unpack(const char* row, int D, uint8_t* code) {
+    typedef uint8_t v16 __attribute__((vector_size(16)));
+    const int n = D / (BITS == 4 ? 2 : BITS == 2 ? 4 : 8);
+    n >= 16 ? unpack<BITS, v16>(row, D, code) : n >= 8 ? unpack<BITS, uint64_t>(row, D, code) : unpack<BITS, uint8_t>(row, D, code);
+}
+
+// Codes to look up: the bytes at `at`, shifted right by 0 or 4; of 16 levels or fewer, what is left above four bits does not count.
+struct Codes { const uint8_t* at; int shift; };
+
+// out[i] = low[first[i]] | high[second[i]], i < n. Up to 16 levels the table stays in registers; n is rounded up to 32 then.
+INLINE void look_up(const Format& format, Codes first, Codes second, int n, uint32_t* out) {
+    if (format.bits == 8) {
+        for (int i = 0; i < n; i++) out[i] = format.low[first.at[i]] | format.high[second.at[i]];
+        return;
+    }
+#ifdef __AVX2__
+    // A byte shuffle looks up one byte of 32 words; four of them, interleaved twice, are the words. Interleaving works within halves of 16
+    // bytes, so dwords 0 2 4 6 of the codes go to the lower half and 1 3 5 7 to the upper one.
+    const __m256i halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), mask = _mm256_set1_epi8(15);
+    auto codes = [&](Codes from, int i) {
+        const __m256i x = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(from.at + i)), halves);
+        return _mm256_and_si256(from.shift ? _mm256_srli_epi16(x, 4) : x, mask);
+    };
+    __m256i table[4], x[4];
+    for (int j = 0; j < 4; j++) table[j] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)format.byte[j]));
+    for (int i = 0; i < n; i += 32) {
+        const __m256i a = codes(first, i), b = codes(second, i);
+        for (int j = 0; j < 4; j++) x[j] = _mm256_shuffle_epi8(table[j], j < 2 ? a : b);
+        const __m256i l0 = _mm256_unpacklo_epi8(x[0], x[1]), h0 = _mm256_unpacklo_epi8(x[2], x[3]);
+        const __m256i l1 = _mm256_unpackhi_epi8(x[0], x[1]), h1 = _mm256_unpackhi_epi8(x[2], x[3]);
+        store(out + i, _mm256_unpacklo_epi16(l0, h0)), store(out + i + 8, _mm256_unpackhi_epi16(l0, h0));
+        store(out + i + 16, _mm256_unpacklo_epi16(l1, h1)), store(out + i + 24, _mm256_unpackhi_epi16(l1, h1));
+    }
+#else
+    for (int i = 0; i < n; i++) out[i] = format.low[first.at[i] >> first.shift & 15] | format.high[second.at[i] >> second.shift & 15];
+#endif
+}
+
+// -- scratch ----------------------------------------------------------------------------------------------------------------------------
+struct Scratch {
+    const int D, P;
+    std::vector<float> words;
+    std::vector<uint8_t> code;              // one a byte
+    Scratch(int D, int P) : D(D), P(P), words(BLOCK * P + 32), code(BLOCK * P + 64) {}
+
+    // n rows -> numbers [n, P], or pairs of coordinates [n, P / 2] or of columns [min(n, BLOCK / 2), P].
+    void fill(const char* const* row, int n, const Format& format, bool columns) {
+        if (D == 128) fill<128>(row, n, format, columns);       // known widths: the loops become straight vector code
+        else if (D == 64) fill<64>(row, n, format, columns);
+        else fill<0>(row, n, format, columns);
+    }
+
+    template <int KNOWN> void fill(const char* const* row, int n, const Format& format, bool columns) {
+        const int D = KNOWN ? KNOWN : this->D, P = KNOWN ? KNOWN : this->P, half = P / 2;
+        const bool nibbles = format.bits == 4 && D % 64 == 0;       // packed rows are looked up as they are
+        const int64_t bytes = format.bytes(D);
+        auto fetch = [&](int c) { for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[c] + BLOCK * bytes + b); };  // next block
+        auto codes = [&](int c, int part) {
+            return nibbles ? Codes{(const uint8_t*)row[c], 4 * part} : Codes{&code[c * P + part * half], 0};
+        };
+        auto out = (uint32_t*)words.data();
+        for (int c = 0; c < n && !nibbles; c++) {
+            if (format.bits == 16) fetch(c), widen(row[c], format.type, D, P, &words[c * P]);
+            if (format.bits == 8) memcpy(&code[c * P], row[c], D);
+            if (format.bits == 4) unpack<4>(row[c], D, &code[c * P]);
+            if (format.bits == 3) unpack<3>(row[c], D, &code[c * P]);
+            if (format.bits == 2) unpack<2>(row[c], D, &code[c * P]);
+        }
+        if (format.bits == 16) return;
+        if (format.pairs && !columns) {
+            for (int c = 0; c < n; c++) fetch(c), look_up(format, codes(c, 0), codes(c, 1), half, out + c * half);
+            return;
+        }
+        const int apart = format.pairs ? BLOCK / 2 : 0;
+        for (int c = 0; c < (format.pairs ? std::min(n, apart) : n); c++) {
+            fetch(c);
+            if (format.pairs) fetch(c + apart);
+            for (int i = 0; i < 2; i++) look_up(format, codes(c, i), codes(c + apart, i), half, out + c * P + i * half);
+        }
+    }
+};
+
+// -- arithmetic, HEADS query heads together; T is float, or int32_t for pairs -------------------------------------------------------------
+// s[h][c] = q[h] . k[c]; the loop holds about eight sums in registers, so several columns are taken at once where heads are few.
+template <class T, int HEADS> void score(const T* q, const T* k, int n, int width, float* s) {
+    constexpr int COLUMNS = HEADS == 1 ? 8 : HEADS == 2 ? 4 : HEADS <= 4 ? 2 : 1;
+    using V = decltype(load(q));
+    for (int c = 0; c < n; c += COLUMNS) {      // may run past n into old rows of scratch: those scores are dropped later
+        V acc[HEADS][COLUMNS] = {}, x[COLUMNS];
+        for (int i = 0; i < width; i += LANES) {
+            for (int j = 0; j < COLUMNS; j++) x[j] = load(k + (c + j) * width + i);
+            for (int h = 0; h < HEADS; h++)
+                for (int j = 0; j < COLUMNS; j++) acc[h][j] = multiply_add(acc[h][j], load(q + h * width + i), x[j]);
+        }
+        float each[HEADS * COLUMNS + 3];
+        sums(&acc[0][0], HEADS * COLUMNS, each);
+        for (int h = 0; h < HEADS; h++) for (int j = 0; j < COLUMNS; j++) s[h * BLOCK + c + j] = each[h * COLUMNS + j];
+    }
+}
+
+// y[h] += by[h] * (sum over c of p[h][c] v[c]), a strip of the head dimension at a time.
+template <class T, int HEADS> void add(const T* p, const T* v, int n, int width, const float* by, float* y) {
+    constexpr int STRIP = HEADS <= 2 ? 4 : HEADS <= 4 ? 2 : 1;
+    using V = decltype(load(v));
+    for (int i = 0; i < width; i += STRIP * LANES) {
+        V acc[HEADS][STRIP] = {}, x[STRIP];
+        for (int c = 0; c < n; c++) {
+            for (int j = 0; j < STRIP; j++) x[j] = load(v + c * width + i + j * LANES);
+            for (int h = 0; h < HEADS; h++)
+                for (int j = 0; j < STRIP; j++) acc[h][j] = multiply_add(acc[h][j], all(p[h * BLOCK + c]), x[j]);
+        }
+        for (int h = 0; h < HEADS; h++)
+            for (int j = 0; j < STRIP; j++) {
+                float* to = y + h * width + i + j * LANES;
+                store(to, load(to) + by[h] * to_float(acc[h][j]));
+            }
+    }
+}
+
+template <class T> struct Loops {       // by number of heads - 1; more than 8 go in turns
+    static constexpr decltype(&score<T, 1>) scores[] = {score<T, 1>, score<T, 2>, score<T, 3>, score<T, 4>,
+                                                        score<T, 5>, score<T, 6>, score<T, 7>, score<T, 8>};
+    static constexpr decltype(&add<T, 1>) adds[] = {add<T, 1>, add<T, 2>, add<T, 3>, add<T, 4>, add<T, 5>, add<T, 6>, add<T, 7>, add<T, 8>};
+};

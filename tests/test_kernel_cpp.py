@@ -1,0 +1,209 @@
+"""The C++ form of `attend` against the reference, on groups whose state was committed by the reference. Both builds: AVX2 and plain C++.
+
+What no query may see is poisoned with NaN first: a read past the length, of an unwritten slot or of the spare column shows everywhere.
+"""
+import ctypes
+import itertools
+import os
+import random
+import stat
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache import CacheConfig, build_cache
+from cache.base import Columns, LayerGroup, attend_columns
+from cache.kernels import cpp
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
+NONE = torch.empty(0)
+LENGTHS = torch.tensor([0, 3, 71, 139])
+LAYOUTS = ("minicache,merge_from=0,window=5,sinks=2,retain=0.1", "quant,window=16,sinks=4", "quant,window=0,sinks=0",
+           "minicache,merge_from=0,group=3,merge_k=0,window=0,retention=intended,gamma=0.3,retain=0.05",
+           "minicache,merge_from=0,window=200,sinks=0,retain=0", "minicache,merge_from=0,window=3,merge_v=0,retain=0.3")
+HEADS = ((2, 2), (4, 2), (3, 1), (8, 2), (8, 1), (13, 1), (10, 2))
+DIMS = (128, 64, 96, 256, 80, 8)
+BITS = ((16, 16), (8, 8), (4, 4), (3, 3), (2, 2), (4, 2), (16, 3), (3, 16), (8, 4))
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[Attend]:
+    """The operator on the library for this machine and on the one without special instructions."""
+    if not cpp.load():
+        pytest.skip("no C++ compiler: the reference is used")
+    names = dict.fromkeys((torch.backends.cpu.get_cpu_capability(), "DEFAULT"))
+    return [cpp.attend_with(ctypes.CDLL(str(cpp.build(name))).attend) for name in names]
+
+
+def make(spec: str, *, G: int, D: int, dtype: torch.dtype, S: int = 140, lengths: Tensor = LENGTHS, sliding: int | None = None,
+         seed: int = 0) -> LayerGroup:
+    """A group with `lengths` random tokens a row, and NaN wherever nothing was stored."""
+    config = CacheConfig.parse(spec)
+    n, B = config.group if config.kind == "minicache" else 1, len(lengths)
+    g = torch.Generator().manual_seed(seed)
+    group = build_cache(config, n_layer=n, n_kv_head=G, head_dim=D, batch=B, max_seq_len=S, dtype=dtype, device="cpu",
+                        sliding_window=sliding).groups[0]
+    mix = torch.rand(1, B, G, 1, 1, generator=g)
+    k, v = (mix * torch.randn(1, B, G, S, D, generator=g) + torch.randn(n, B, G, S, D, generator=g) for _ in range(2))
+    group.commit(k.to(dtype), v.to(dtype), torch.zeros(B, dtype=torch.long), lengths)
+    if spec == "full":
+        stored = (torch.arange(S) < lengths[:, None])[:, None, :, None]
+        group.k.masked_fill_(~stored, torch.nan), group.v.masked_fill_(~stored, torch.nan)
+        return group
+    merged = (torch.arange(group.k_magnitude.shape[3]) < (lengths - group.W)[:, None])[:, None]
+    filled = group.retained_score > -torch.inf
+    parts = ("direction", "magnitude", "retained", "window")
+    for x in "kv":
+        direction, magnitude, retained, window = (getattr(group, f"{x}_{part}") for part in parts)
+        magnitude.masked_fill_(~merged, torch.nan)
+        direction.masked_fill_(~merged[..., None], 255 if direction.dtype == torch.uint8 else torch.nan)
+        retained.masked_fill_(~filled[..., None], torch.nan)
+        window.masked_fill_((group.ring_pos(lengths) < 0)[:, None, :, None], torch.nan)
+    return group
+
+
+def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> tuple:
+    """What the operator takes, from a group; q [B, H, D], k, v [B, G, D]."""
+    sliding = group.sliding_window or 0
+    if hasattr(group, "k"):
+        slots = [q.new_empty(1, *k.shape[:2], 0, q.shape[-1])] * 2
+        return (q, NONE, k, v, length, group.k[None], group.v[None], NONE, NONE, NONE.bool(), *slots, NONE.int(), NONE, NONE, *slots, NONE,
+                NONE, 0, sliding)
+    levels = [group.codec[x].levels if x in group.codec else NONE for x in "kv"]
+    q_rotated = q.float() @ group.rotation("k") if "k" in group.codec else NONE
+    return (q, q_rotated, k, v, length, group.k_direction, group.v_direction, group.k_magnitude, group.v_magnitude, group.exact,
+            group.k_retained, group.v_retained, group.retained_pos, group.retained_score, group.threshold(group.score_range),
+            group.k_window, group.v_window, *levels, index, sliding)
+
+
+def attend(form: Attend, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    y, y_rotated = form(*arguments(group, index, q, k, v, length))
+    return y if hasattr(group, "k") or "v" not in group.codec else y + y_rotated @ group.rotation("v").mT
+
+
+def clean(group: LayerGroup) -> None:
+    """The poison taken out: the reference multiplies what it masks by zero."""
+    for buffer in group.buffers():
+        if buffer.is_floating_point() and buffer.numel() and buffer is not group.score_range:
+            buffer.nan_to_num_(nan=0.0, neginf=-torch.inf)
+
+
+def reference(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    new = Columns(k[:, :, None], v[:, :, None], torch.ones(len(length), 1, 1, 1, dtype=torch.bool))
+    return attend_columns(q[:, :, None].float(), k.shape[1], [*group.columns(index, length, length[:, None], None), new])[:, :, 0]
+
+
+def query(H: int, G: int, D: int, dtype: torch.dtype, B: int = len(LENGTHS), seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, heads, D, generator=g).to(dtype) for heads in (H, G, G))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("k_bits,v_bits", BITS)
+def test_equals_reference(builds: list[Attend], k_bits: int, v_bits: int, dtype: torch.dtype) -> None:
+    """Guards: a wrong plane, table, stride or index; masks, ring and thresholds; rows of length 0; reads of what is not there."""
+    pick = random.Random(f"{k_bits} {v_bits} {dtype}").choice
+    for _ in range(8):
+        layout, (H, G), D, sliding = pick(LAYOUTS), pick(HEADS), pick(DIMS), pick((None, 13, 64))
+        group = make(f"{layout},k_bits={k_bits},v_bits={v_bits}", G=G, D=D, dtype=dtype, sliding=sliding)
+        inputs = [(index, *query(H, G, D, dtype), LENGTHS) for index in range(len(group.layers))]
+        found = [[attend(form, group, *x) for x in inputs] for form in builds]
+        clean(group)
+        wanted = [reference(group, *x) for x in inputs]
+        for form in found:      # codes of 16-bit models: int16 arithmetic, half a step of bf16 at most
+            torch.testing.assert_close(torch.stack(form), torch.stack(wanted), rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3,
+                                       msg=lambda text, at=(layout, H, G, D, sliding): f"{at}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_full_cache_equals_sdpa(builds: list[Attend], dtype: torch.dtype) -> None:
+    """Guards: the form without magnitudes, window and retained slots, over more than one task of columns."""
+    lengths = torch.tensor([0, 1, 513, 1200])
+    for H, G, D in ((4, 4, 64), (8, 2, 96), (5, 1, 20)):
+        group = make("full", G=G, D=D, dtype=dtype, S=1201, lengths=lengths)
+        q, k, v = query(H, G, D, dtype)
+        for form in builds:
+            y = attend(form, group, 0, q, k, v, lengths)
+            for b, n in enumerate(lengths):
+                keys, values = (torch.cat((x[b, :, :n], new[b, :, None]), 1).float() for x, new in ((group.k, k), (group.v, v)))
+                wanted = F.scaled_dot_product_attention(q[b, :, None].float(), keys, values, enable_gqa=True)[:, 0]
+                torch.testing.assert_close(y[b], wanted, rtol=0, atol=1e-5)
+
+
+def test_sharp_and_huge_scores_stay_exact(builds: list[Attend]) -> None:
+    """Guards: overflow of exp or of int16 sums, and a running maximum that lags, when one score stands far above the rest."""
+    for dtype, bits in itertools.product((torch.float32, torch.bfloat16), (16, 4)):
+        group = make(f"minicache,merge_from=0,window=7,retain=0.05,k_bits={bits},v_bits={bits}", G=2, D=128, dtype=dtype)
+        for buffer in (group.k_magnitude, group.k_retained, group.k_window):
+            buffer.mul_(30)
+        inputs = (1, *query(4, 2, 128, dtype), LENGTHS)
+        found = [attend(form, group, *inputs) for form in builds]
+        clean(group)
+        for y in found:
+            torch.testing.assert_close(y, reference(group, *inputs), rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_result_depends_on_the_row_alone(builds: list[Attend]) -> None:
+    """Guards: a split of the work by threads, rows or their lengths, which would change the last digits of a neighbour's text."""
+    lengths, threads = torch.tensor([1300, 700, 40]), torch.get_num_threads()
+    spec = "minicache,merge_from=0,window=4,retain=0.02,bits=4"
+    group, (q, k, v) = make(spec, G=2, D=64, dtype=torch.float32, S=1310, lengths=lengths), query(4, 2, 64, torch.float32, B=3)
+    try:
+        torch.set_num_threads(1)
+        one = attend(builds[0], group, 1, q, k, v, lengths)
+        torch.set_num_threads(3)
+        assert torch.equal(one, attend(builds[0], group, 1, q, k, v, lengths))
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(3):
+        state = {name: x[:, b:b + 1] if name[1:2] == "_" else x[b:b + 1] for name, x in group.named_buffers(recurse=False)}
+        alone = make(spec, G=2, D=64, dtype=torch.float32, S=1310, lengths=lengths[b:b + 1])
+        alone.load_state_dict(state, strict=False)
+        for name, x in alone.named_buffers(recurse=False):
+            x.copy_(state[name])
+        row = slice(b, b + 1)
+        torch.testing.assert_close(attend(builds[0], alone, 1, q[row], k[row], v[row], lengths[row]), one[row], rtol=0, atol=1e-6)
+
+
+def test_operator_is_registered_as_torch_wants_it(builds: list[Attend]) -> None:
+    """Guards: a schema that hides a write or an alias, a fake form with other shapes, a break or a wrong result under fullgraph."""
+    torch._dynamo.reset()
+    group = make(LAYOUTS[0] + ",bits=4", G=2, D=16, dtype=torch.bfloat16, lengths=torch.tensor([9, 50]))
+    clean(group)
+    inputs = arguments(group, 0, *query(4, 2, 16, torch.bfloat16, B=2), torch.tensor([9, 50]))
+    torch.library.opcheck(torch.ops.minicache.attend.default, inputs)
+
+    def step(*inputs) -> Tensor:    # q, k, v as views, as a model's projections give them
+        q, rotated, k, v, *rest = inputs
+        twist = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+        y, y_rotated = torch.ops.minicache.attend(twist[0], rotated, *twist[1:], *rest)
+        return y * 2 + y_rotated
+
+    y, y_rotated = builds[0](*inputs)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(*inputs), y * 2 + y_rotated)
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture) -> None:
+    """Guards: a traceback, or silence, where nothing can be compiled or written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        assert cpp.load.__wrapped__() is False
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and compiler in err and "CXX" in err
+
+
+def test_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Guards: a build in every process, half-written libraries and folders left behind; other flags must not find the same file."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\necho run >> "$0.log"\nfor last; do :; done\necho library > "$last"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    first = cpp.build("AVX2")
+    assert cpp.build("AVX2") == first and cpp.build("DEFAULT") != first and first.read_text() == "library\n"
+    assert (tmp_path / "compiler.log").read_text().count("run") == 2 and len(os.listdir(first.parent)) == 2
