@@ -151,6 +151,8 @@ def _refusal(key: str, value: Any, supported: str) -> ValueError:
     short = reprlib.Repr()      # bounded in depth, too: repr of a deeply nested list would overflow the stack
     short.maxstring = 60
     text = "missing" if value is None else short.repr(value)
+    if len(text) > 120:
+        text = text[:120] + "..."
     return ValueError(f"config.json: {key} is {text}; supported: {supported}")
 
 

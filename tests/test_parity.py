@@ -3,6 +3,7 @@
 The reference is one uncached forward over the whole text, read from the same directory; ours runs two rows of different
 length through one cache, so a position or a mask shared between rows would show.
 """
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_embedded_checkpoint(parity_table) -> None:
     check("storyteller", EMBEDDED, "default", parity_table)
 
 
-def check(name: str, directory: Path, rope_kind: str, parity_table: list) -> None:
+def check(name: str, directory: Path, rope_kind: str, parity_table: Callable) -> None:
     model = load_model(directory, dtype=torch.float32)
     assert model.config.rope.kind == rope_kind
     shape = (len(PROMPTS), max(PROMPTS) + STEPS)
@@ -38,7 +39,7 @@ def check(name: str, directory: Path, rope_kind: str, parity_table: list) -> Non
     prefill, decode = our_logits(model, ids)
     differences = [max((ours - expected[row, a:a + len(ours)]).abs().max().item() for row, (a, ours) in enumerate(part))
                    for part in (prefill, decode)]
-    parity_table.append((name, model.config.family, rope_kind, *differences))
+    parity_table((name, model.config.family, rope_kind, *differences))
     assert expected.std() > 0.5, "the reference is flat: this comparison could not fail"
     assert max(differences) < TOLERANCE
 
