@@ -16,9 +16,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
 
-    def subject(name: str, help: str, caches: bool = True) -> argparse.ArgumentParser:
+    def subject(name: str, help: str, caches: bool = True, model: bool = True) -> argparse.ArgumentParser:
         sub = subjects.add_parser(name, help=help, description=help, allow_abbrev=False)
-        add_model_options(sub)
+        if model:
+            add_model_options(sub)
         if caches:
             sub.add_argument("--cache", metavar="SPEC", nargs="+", action="extend", help="caches to measure, written as for generate.py")
         sub.add_argument("--out", metavar="FILE", help="write one JSON object")
@@ -51,6 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--peer", choices=("transformers",), help="the caches of another library on the same weights, in the same run")
     add("--card-only", action="store_true", help="print the static card; nothing is measured or allocated")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default: on a GPU)")
+    sub = subject("attention", "how long one layer's attention takes for one new token per row, next to the bytes it reads", model=False)
+    add = sub.add_argument
+    add("--heads", metavar="H", type=int, required=True, help="query heads")
+    add("--kv-heads", metavar="G", type=int, required=True, help="kv heads, a divisor of H")
+    add("--head-dim", metavar="D", type=int, required=True, help="width of a head")
+    add("--batch", metavar="B", type=int, required=True, help="rows")
+    add("--seq", metavar="S", type=int, required=True, help="capacity: tokens that a row has room for")
+    add("--filled", metavar="N", type=int, help="tokens stored in each row (default: S - 1); with --plot also N/8, N/4, N/2")
+    add("--device", metavar="D", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)")
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of exact tokens (default: bfloat16)")
     return parser
 
 

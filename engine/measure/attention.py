@@ -1,0 +1,154 @@
+"""The time of one layer's attention for one new token per row, storing it left out: every form of every cache beside SDPA on bf16 K and V.
+
+Contract: all sides take turns in one run, each call on cold caches, as in a decode step where other layers and the weights pass in between.
+Bytes are what must be read of the filled part, whatever a form touches. A merged SPEC is one merged group; its unmerged layers are another.
+Trap: with enable_gqa SDPA can be ten times slower than with the heads of a kv head as its queries: judge by the better of the two.
+"""
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache import CacheConfig
+from cache.base import LayerGroup, attend_exact
+from cache.build import build_cache, cache_bytes
+from cache.full import FullLayer
+from engine.measure.card import measure_rates
+from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
+from generate import device_and_dtype
+from weights import available_bytes
+
+CACHES, PIECE = ["full", "quant,bits=4", "minicache,bits=4"], 512      # PIECE: tokens a commit
+COLD_BYTES = 1 << 28        # read before each call: more than the last cache of most CPUs and of any GPU
+ROUNDS, SECONDS = 25, 10    # calls of each side at most, after one that warms up; and the time after which three are enough
+COLUMNS = {"cache": ("cache", ""), "form": ("form", ""), "filled_tokens": ("filled", ","), "median_ms": ("ms", ".3f"),
+           "bytes_read": ("bytes read", ","), "gb_per_s": ("GB/s", ".2f"), "share_of_bandwidth": ("of bandwidth", ".0%"),
+           "speedup_over_sdpa": ("x enable_gqa", ".2f"), "speedup_over_best_sdpa": ("x best SDPA", ".2f")}
+
+
+def run(args: argparse.Namespace) -> int:
+    """The subject `attention` of bench.py -> exit status."""
+    # 1. all that can be refused
+    check_outputs(args.out, args.plot)
+    device, dtype = device_and_dtype(args)
+    B, H, G, D, S = args.batch, args.heads, args.kv_heads, args.head_dim, args.seq
+    filled = S - 1 if args.filled is None else args.filled
+    for name, value, least in (("heads", H, 1), ("kv-heads", G, 1), ("head-dim", D, 1), ("batch", B, 1), ("seq", S, 2)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}; give at least {least}")
+    if H % G:
+        raise ValueError(f"--heads {H} is not a multiple of --kv-heads {G}; every kv head serves the same number of heads")
+    if not 1 <= filled < S:
+        raise ValueError(f"--filled is {filled}; give 1 to {S - 1}, which leaves room for the new token in --seq {S}")
+    specs, shape = list(dict.fromkeys(args.cache or CACHES)), dict(n_kv_head=G, head_dim=D, batch=B, max_seq_len=S, dtype=dtype)
+    configs = [replace(CacheConfig.parse(spec), merge_from=0) for spec in specs]
+    plans = [(c, dict(n_layer=c.group if c.kind == "minicache" else 1, **shape)) for c in configs]
+    # bf16 K and V are 4 bytes; a reference form that decodes both in fp32 holds about five times that for a moment
+    need, room = COLD_BYTES + 24 * B * G * S * D + sum(sum(cache_bytes(c, **plan).values()) for c, plan in plans), available_bytes(device)
+    if room is not None and need > room:
+        raise ValueError(f"the caches and their scratch need about {need:,} bytes, {device} has {room:,}; lower --batch or --seq")
+    # 2. the sides
+    groups = [build_cache(c, **plan, device=device).groups[0] for c, plan in plans]
+    rates, generator = measure_rates(device, dtype), torch.Generator(device).manual_seed(0)
+    k16, v16 = (torch.randn(B, G, filled, D, generator=generator, device=device).bfloat16() for _ in "kv")
+    q = torch.randn(B, H, 1, D, generator=generator, device=device).to(dtype)
+    k, v = torch.randn(2, B, G, 1, D, generator=generator, device=device).to(dtype)
+    # 3. the measurements, at growing lengths for a plot
+    rows, stored = [], 0
+    for n in sorted({max(1, filled >> i) for i in range(4)}) if args.plot else [filled]:
+        progress(f"storing {n:,} tokens in {len(specs)} caches, then timing")
+        length, full = torch.full((B,), n, device=device), [x[:, :, :n] for x in (k16, v16)]
+        rivals = {"SDPA, enable_gqa": q.bfloat16(), "SDPA, heads as queries": q.bfloat16().view(B, G, -1, D)}
+        labels = [{"cache": "bf16 K and V", "form": form, "bytes_read": sum(x.nbytes for x in full)} for form in rivals]
+        sides = [lambda x=x, kv=full: F.scaled_dot_product_attention(x, *kv, enable_gqa=x.shape[1] != G) for x in rivals.values()]
+        for spec, config, group in zip(specs, configs, groups, strict=True):
+            fill(group, stored, n, like=k, generator=generator)
+            for form in dict.fromkeys(["reference", group.form] if config.attend_form == "auto" else [group.form]):
+                labels.append({"cache": spec, "form": form, "bytes_read": bytes_read(group, n)})
+                sides.append(attend_call(group, form, q, k, v, length))
+        stored = n
+        with torch.cuda.device_of(q):       # a no-op for a CPU tensor
+            seconds = median_seconds(sides, device)
+        for label, taken in zip(labels, seconds, strict=True):
+            speed = label["bytes_read"] / taken
+            share = speed / rates["read_bytes_per_s"]
+            rows.append(label | {"filled_tokens": n, "median_ms": taken * 1e3, "gb_per_s": speed / 1e9, "share_of_bandwidth": share,
+                                 "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:2]) / taken})
+    # 4. the report
+    print(f"one layer, one new token in each of {B} rows, {H}/{G} heads of {D}, capacity {S:,}; {args.dtype} on {device}, "
+          f"{torch.get_num_threads()} threads; reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s (measured)\n"
+          "bytes read: those that must be, of the filled part; x: times as fast as SDPA on a bf16 full cache of that length\n")
+    print_table(rows, COLUMNS)
+    write_json(args.out, {"subject": "attention", "machine": machine(device), "rates": rates, "rows": rows,
+                          "settings": vars(args) | {"cache": specs, "filled": filled, "device": str(device)}})
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+def fill(group: LayerGroup, start: int, stop: int, *, like: Tensor, generator: torch.Generator) -> None:
+    """Random tokens start .. stop for every row and layer of the group; like [B, G, 1, D]."""
+    B, G, _, D = like.shape
+    for at in range(start, stop, PIECE):
+        k, v = torch.randn(2, len(group.layers), B, G, min(PIECE, stop - at), D, generator=generator, device=like.device).to(like.dtype)
+        group.commit(k, v, torch.full((B,), at, device=like.device), torch.full((B,), k.shape[3], device=like.device))
+
+
+def bytes_read(group: LayerGroup, length: int) -> int:
+    """What one layer must read of `length` stored tokens in every row: columns that a retained token masks count by their flag alone."""
+    if isinstance(group, FullLayer):
+        return 2 * group.k[:, :, :length].numel() * group.k.element_size()
+    heads, columns, active = group.exact.shape[0] * group.exact.shape[1], max(length - group.W, 0), int(group.active().sum())
+    merged = sum(x.shape[-1] * x.element_size() for x in (group.k_direction, group.v_direction)) + 2 * group.k_magnitude.element_size()
+    exact = 2 * group.k_retained.shape[-1] * group.k_retained.element_size()
+    flags = heads * ((columns if group.R else 0) + 8 * group.R)     # a byte a column; position and score of a slot
+    return (heads * columns - active) * merged + (active + heads * min(length, group.W)) * exact + flags
+
+
+def attend_call(group: LayerGroup, form: str, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Callable[[], Tensor]:
+    """One layer's attention without what stores the new token. The reference of a full cache is SDPA over its whole capacity."""
+    if form != "reference":
+        return lambda: group.attend_fast(0, q, k, v, length)
+    if isinstance(group, FullLayer):
+        mask = (torch.arange(group.k.shape[2], device=q.device) <= length[:, None])[:, None, None]
+        return lambda: attend_exact(q, group.k, group.v, mask)
+    return lambda: group.attend_reference(0, q, k, v, length[:, None], None)
+
+
+def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Every side's median, one call of each a round. On CUDA a call is a CUDA graph, as in a decode step, timed by events."""
+    cuda, cold, seconds, calls = device.type == "cuda", torch.ones(COLD_BYTES // 4, device=device), [[] for _ in sides], list(sides)
+    pool = torch.cuda.graph_pool_handle() if cuda else None     # graphs that run one at a time share their scratch
+    for i, side in enumerate(sides if cuda else ()):
+        side()      # compiles, outside the capture
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool):
+            side()
+        calls[i] = graph.replay
+    begin = time.perf_counter()
+    while len(seconds[0]) <= ROUNDS and (len(seconds[0]) <= 3 or time.perf_counter() - begin < SECONDS):
+        for call, taken in zip(calls, seconds, strict=True):
+            cold.sum()
+            first, last = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
+            start = first.record() if cuda else time.perf_counter()
+            call()
+            if cuda:
+                last.record()
+                last.synchronize()
+            taken.append(first.elapsed_time(last) / 1e3 if cuda else time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def plot(rows: Sequence[dict], path: str) -> None:
+    """Time over the stored tokens, one line a cache and form."""
+    figure, ((axes,),) = new_figure(1, 1, width=8, height=5)
+    for name in dict.fromkeys((row["cache"], row["form"]) for row in rows):
+        filled, ms = zip(*[(row["filled_tokens"], row["median_ms"]) for row in rows if (row["cache"], row["form"]) == name], strict=True)
+        axes.plot(filled, ms, marker="o", label=", ".join(name))
+    axes.set(title="One layer's attention, one new token per row", xlabel="stored tokens per row", ylabel="ms", xscale="log", yscale="log")
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
