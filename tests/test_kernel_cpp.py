@@ -146,6 +146,25 @@ def test_sharp_and_huge_scores_stay_exact(builds: list[Attend]) -> None:
             torch.testing.assert_close(y, reference(group, *inputs), rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_integer_sums_do_not_overflow(builds: list[Attend], bits: int) -> None:
+    """Guards: the int16 arithmetic of 16-bit models at its bounds: every code at an end of the table, every query coordinate the same."""
+    for D, code in itertools.product((64, 256), (0, 255)):
+        lengths = torch.tensor([77, 140])
+        group = make(f"quant,window=0,sinks=0,bits={bits}", G=1, D=D, dtype=torch.bfloat16, S=141, lengths=lengths)
+        q, k, v = query(2, 1, D, torch.bfloat16, B=2)
+        inputs = list(arguments(group, 0, q * 0, k, v, lengths))
+        for x in "kv":
+            getattr(group, f"{x}_direction").fill_(code)
+            getattr(group, f"{x}_magnitude").fill_(2 ** -5)
+        inputs[1], level = torch.ones(2, 2, D), group.codec["k"].levels[-1 if code else 0].double() * 2 ** -5
+        many = lengths * (level * D ** 0.5).exp()       # against 1 for the new token, whose score is 0
+        for form in builds:
+            y, y_rotated = form(*inputs)
+            torch.testing.assert_close(y_rotated.double(), (many / (1 + many) * level)[:, None, None].expand(y.shape), rtol=1e-3, atol=0)
+            torch.testing.assert_close(y.double(), v.double().expand(y.shape) / (1 + many)[:, None, None], rtol=1e-2, atol=1e-9)
+
+
 def test_result_depends_on_the_row_alone(builds: list[Attend]) -> None:
     """Guards: a split of the work by threads, rows or their lengths, which would change the last digits of a neighbour's text."""
     lengths, threads = torch.tensor([1300, 700, 40]), torch.get_num_threads()
