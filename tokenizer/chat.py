@@ -22,6 +22,8 @@ Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
 
 
 class ChatTemplate:
+    """A checkpoint's chat template, or its family's built-in one: messages in, ids out."""
+
     def __init__(self, source: str, tokenizer: Tokenizer):
         """source: a jinja2 template as transformers takes it. ValueError if it is not valid jinja2."""
         self._tokenizer = tokenizer

@@ -14,6 +14,8 @@ from tokenizer.chat import ChatTemplate
 
 
 class ChatLoop:
+    """A conversation in a terminal: its lines, its messages, and the ids that stand for them so far."""
+
     def __init__(
         self,
         template: ChatTemplate,

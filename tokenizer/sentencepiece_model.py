@@ -17,6 +17,8 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `tokenizer.model` and the tokens added beside it."""
+
     def __init__(self, path: Path, data: bytes, settings: Settings):
         """data: the file's bytes. Raises ValueError if sentencepiece cannot read them."""
         self._model = sentencepiece.SentencePieceProcessor()

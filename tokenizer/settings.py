@@ -38,6 +38,8 @@ class PrefixRule:
 
 @dataclass(frozen=True)
 class Settings:
+    """What the files beside a tokenizer say of it."""
+
     added: dict[int, SpecialToken]
     names: dict[str, str]  # bos_token, eos_token, unk_token, pad_token -> text, as far as they are known
     add_bos: bool

@@ -33,6 +33,8 @@ SPECIAL_TOKENS = [
 
 
 class TiktokenTokenizer(Tokenizer):
+    """A tiktoken `tokenizer.model` with Llama 3's special tokens and split pattern."""
+
     def __init__(self, path: Path, data: bytes, settings: Settings):
         """data: the file's bytes. Raises ValueError if a line or a rank is missing."""
         ranks = {}

@@ -13,6 +13,8 @@ from tokenizer.settings import Settings, read_json, steps
 
 
 class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, run by the `tokenizers` library."""
+
     def __init__(self, path: Path, settings: Settings):
         """Raises ValueError if `tokenizers` is not installed or the file is of another kind."""
         try:
