@@ -53,16 +53,21 @@ struct Worker {
             if (k_format->pairs) pack_q(h);
         }
         task.exact ? exact_columns(task) : merged_columns(task);
-        if (n) flush();
     }
 
     void merged_columns(const Task& task) {
         const int64_t head = (task.b * a.G + task.g) * a.N, layer = a.index * a.B * a.G * a.N;
         const int64_t k_row = k_codes.bytes(D), v_row = v_codes.bytes(D);
         const char *k_from = a.k_stored + a.k_own * layer * k_row, *v_from = a.v_stored + a.v_own * layer * v_row;
-        for (int64_t c = head + task.first; c < head + task.last; c++) {
-            if (a.exact && a.exact[c]) continue;
-            push(k_from + c * k_row, v_from + c * v_row, magnitude(a.k_magnitude, layer + c), magnitude(a.v_magnitude, layer + c));
+        for (int64_t c = head + task.first, end = head + task.last; c < end; c += BLOCK) {
+            const int some = std::min<int64_t>(end - c, BLOCK);
+            magnitudes(a.k_magnitude, layer + c, some, k_scale);
+            magnitudes(a.v_magnitude, layer + c, some, v_scale);
+            for (int i = 0; i < some; i++) {
+                k[n] = k_from + (c + i) * k_row, v[n] = v_from + (c + i) * v_row, k_scale[n] = k_scale[i], v_scale[n] = v_scale[i];
+                n += !(a.exact && a.exact[c + i]);
+            }
+            if (n) flush();
         }
     }
 
@@ -73,22 +78,25 @@ struct Worker {
             if (i < a.R) {
                 const int64_t slot = head * a.R + i, at = (layer * a.R + slot) * row;
                 if (a.retained_score[slot] > a.threshold[head] && a.retained_pos[slot] >= from)
-                    push(a.k_retained + at, a.v_retained + at, 1, 1);
+                    push(a.k_retained + at, a.v_retained + at);
             } else if (i < a.R + a.W) {     // the ring's slot w holds the newest position p < length with p mod W = w
                 const int64_t w = i - a.R, at = ((layer + head) * a.W + w) * row;
-                if (w < length && length - 1 - (length - 1 - w) % a.W >= from) push(a.k_window + at, a.v_window + at, 1, 1);
+                if (w < length && length - 1 - (length - 1 - w) % a.W >= from) push(a.k_window + at, a.v_window + at);
             } else {
-                push(a.k + head * row, a.v + head * row, 1, 1);
+                push(a.k + head * row, a.v + head * row);
             }
         }
+        if (n) flush();
     }
 
-    float magnitude(const char* of, int64_t i) const {
-        return !of ? 1.f : a.half_magnitude ? from_half(((const uint16_t*)of)[i]) : ((const float*)of)[i];
+    void magnitudes(const char* of, int64_t at, int some, float* out) const {
+        if (!of) std::fill(out, out + some, 1.f);
+        else if (a.half_magnitude) widen(of + 2 * at, F16, some, some, out);
+        else memcpy(out, of + 4 * at, 4 * some);
     }
 
-    void push(const char* k_row, const char* v_row, float k_magnitude, float v_magnitude) {
-        k[n] = k_row, v[n] = v_row, k_scale[n] = k_magnitude, v_scale[n] = v_magnitude;
+    void push(const char* k_row, const char* v_row) {
+        k[n] = k_row, v[n] = v_row, k_scale[n] = v_scale[n] = 1;
         if (++n == BLOCK) flush();
     }
 
@@ -102,7 +110,7 @@ struct Worker {
             else Loops<float>::scores[more](&q[h * P], words, n, P, &s[h * BLOCK]);
         }
         for (int c = n; c < BLOCK; c++) k_scale[c] = 1, v_scale[c] = 0, v[c] = v[0];
-        for (int h = 0; h < heads; h++) softmax(&s[h * BLOCK], h);
+        softmax();
         scratch.fill(v, n, *v_format, true);
         for (int h = 0; h < heads; h += 8) {
             const int more = std::min(heads - h, 8) - 1;
@@ -112,29 +120,39 @@ struct Worker {
         n = 0;
     }
 
-    void softmax(float* p, int h) {     // scores of the block -> probabilities times v_scale, relative to the maximum so far
-        std::fill(p + n, p + BLOCK, -INFINITY);
-        vf most = all(top[h]), part = {}, bound = {};
-        for (int c = 0; c < BLOCK; c += LANES) {
-            const vf x = load(p + c) * (load(k_scale + c) * k_by[h]);
-            store(p + c, x), most = larger(most, x);
+    // Scores of the block -> probabilities times v_scale, relative to the maximum so far. Three loops, so that the heads' chains overlap.
+    void softmax() {
+        for (int h = 0; h < heads; h++) {
+            float* p = &s[h * BLOCK];
+            std::fill(p + n, p + BLOCK, -INFINITY);
+            vf most = all(top[h]);
+            for (int c = 0; c < BLOCK; c += LANES) {
+                const vf x = load(p + c) * (load(k_scale + c) * k_by[h]);
+                store(p + c, x), most = larger(most, x);
+            }
+            const float maximum = largest(most);
+            if (maximum > top[h]) {
+                const float fade = std::exp(top[h] - maximum);
+                for (int i = 0; i < P; i++) y[h * P + i] *= fade;
+                total[h] *= fade, top[h] = maximum;
+            }
         }
-        const float maximum = largest(most);
-        if (maximum > top[h]) {
-            const float fade = std::exp(top[h] - maximum);
-            for (int i = 0; i < P; i++) y[h * P + i] *= fade;
-            total[h] *= fade, top[h] = maximum;
+        for (int h = 0; h < heads; h++) {
+            float* p = &s[h * BLOCK];
+            vf part = {}, bound = {};
+            for (int c = 0; c < BLOCK; c += LANES) {
+                const vf e = exponential(load(p + c) - top[h]), x = e * load(v_scale + c);
+                store(p + c, x), part += e, bound = larger(bound, larger(x, -x));
+            }
+            total[h] += sum(part);
+            v_by[h] = v_format->pairs ? std::max(largest(bound), 1e-30f) / INT_MAX_V : 1;
         }
-        for (int c = 0; c < BLOCK; c += LANES) {
-            const vf e = exponential(load(p + c) - maximum), x = e * load(v_scale + c);
-            store(p + c, x), part += e, bound = larger(bound, larger(x, -x));
-        }
-        total[h] += sum(part), v_by[h] = 1;
-        if (v_format->pairs) {
-            const float unit = std::max(largest(bound), 1e-30f) / INT_MAX_V, by = 1 / unit;
+        if (!v_format->pairs) return;
+        for (int h = 0; h < heads; h++) {
+            const float *p = &s[h * BLOCK], by = 1 / v_by[h];
             for (int c = 0; c < BLOCK / 2; c += LANES)
                 store(&p_pairs[h * BLOCK + c], pair(nearest(load(p + c) * by), nearest(load(p + c + BLOCK / 2) * by)));
-            v_by[h] = unit * v_format->unit;
+            v_by[h] *= v_format->unit;
         }
     }
 

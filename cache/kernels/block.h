@@ -3,8 +3,8 @@
 // Scratch has one of two forms, both of 32-bit words, so one lookup and one pair of loops serve both:
 //   float  plain rows, and codes of fp32 models: a word is a number
 //   pairs  codes of bf16 and fp16 models: a word is two int16 levels, multiplied and summed in one instruction. Queries and probabilities
-//          become int16 too, with a unit per head; all have 13 bits and a sign, finer than the model's own numbers. That halves lookups
-//          and multiplications. K pairs coordinates i and i + P / 2 of a column; V pairs columns c and c + BLOCK / 2 of a coordinate.
+//          become int16 too, with a unit per head: 13 bits and a sign (queries 12 beyond D = 256), finer than the model's own numbers.
+//          Half the lookups, half the products. K pairs coordinates i and i + P / 2 of a column, V columns c and c + BLOCK / 2.
 // Rows of scratch are P = D rounded up to 32 words. What stands in the pads of K meets zeros of the query, so it must only be finite.
 // Vectors are the compiler's own (GCC and clang); AVX2 is written out only where they fall short: lookups, products of pairs, sums.
 #pragma once
@@ -53,9 +53,7 @@ INLINE vf exponential(vf x) {           // x <= 0; exactly 0 below -87. Degree 6
     return (vf)((vi)(p * (vf)((n + 127) << 23)) & (x > -87.f));
 }
 INLINE float largest(vf x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = std::max(most, x[i]);
-    return most;
+    return std::max(std::max(std::max(x[0], x[4]), std::max(x[2], x[6])), std::max(std::max(x[1], x[5]), std::max(x[3], x[7])));
 }
 INLINE float sum(vf x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 template <class V> INLINE void sums(const V* x, int n, float* out) {        // out[i] = sum of x[i]; fills out up to a multiple of 4
@@ -74,12 +72,8 @@ template <class V> INLINE void sums(const V* x, int n, float* out) {        // o
 enum Type { F32, BF16, F16 };
 
 INLINE float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-INLINE float from_half(uint16_t h) {
-#ifdef __F16C__
-    return _cvtsh_ss(h);
-#else
-    return from_bits((h & 0x7fffu) << 13 | (h & 0x8000u) << 16) * 0x1p112f;     // a multiplication moves the exponent of subnormals too
-#endif
+INLINE float from_half(uint16_t h) {        // the exponent moves by a multiplication, which is right for subnormals too; vectorises
+    return from_bits((h & 0x7fffu) << 13 | (h & 0x8000u) << 16) * 0x1p112f;
 }
 
 // What a stored row means: plain numbers of a type (bits 16), or codes and the two halves of the word that a code becomes.

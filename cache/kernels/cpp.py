@@ -32,7 +32,7 @@ def build(capability: str) -> Path:
     RuntimeError with the compiler's last words, OSError where there is no compiler or no place to write.
     """
     command = [*shlex.split(os.environ.get("CXX", COMPILER)), "-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared"]
-    command += ["-mavx2", "-mfma", "-mf16c"] if capability.startswith("AVX") else []
+    command += ["-mavx2", "-mfma"] if capability.startswith("AVX") else []      # AVX-512 machines run the AVX2 code
     key = hashlib.sha256(repr((command, torch.__version__, [source.read_bytes() for source in SOURCES])).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicache-engine"
     target = folder / f"attend-{key}.so"
@@ -57,7 +57,7 @@ def attend_with(function: Callable[[bytes], None]) -> Callable[..., tuple[Tensor
                threshold: Tensor, k_window: Tensor, v_window: Tensor, k_levels: Tensor, v_levels: Tensor, index: int,
                sliding_window: int) -> tuple[Tensor, Tensor]:
         (B, H, D), (m, _, G, N, _), R, W = q.shape, k_stored.shape, k_retained.shape[3], k_window.shape[3]
-        assert k.dtype == v.dtype == q.dtype and k_retained.dtype == k_window.dtype == q.dtype, "attend reads exact tokens in q's dtype"
+        assert k.dtype == v.dtype == k_retained.dtype == k_window.dtype == q.dtype and q_rotated.dtype == torch.float32, "see SplitGroup"
         y, y_rotated = torch.empty(B, H, D), torch.empty(B, H, D)
         made = [x.contiguous() for x in (q, q_rotated, k, v, length, threshold)]        # what a step makes may be a view; buffers are whole
         q, q_rotated, k, v, length, threshold = made
