@@ -9,21 +9,22 @@ import argparse
 import importlib
 import sys
 
-from generate import Parser, add_model_options, exit_status
+from generate import Parser, add_alignment_option, add_model_options, exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
 
-    def subject(name: str, help: str, caches: bool = True, model: bool = True) -> argparse.ArgumentParser:
+    def subject(name: str, help: str, caches: bool = True, model: bool = True, report: bool = True) -> argparse.ArgumentParser:
         sub = subjects.add_parser(name, help=help, description=help, allow_abbrev=False)
         if model:
             add_model_options(sub)
         if caches:
             sub.add_argument("--cache", metavar="SPEC", nargs="+", action="extend", help="caches to measure, written as for generate.py")
-        sub.add_argument("--out", metavar="FILE", help="write one JSON object")
-        sub.add_argument("--plot", metavar="FILE", help="write a PNG (needs matplotlib)")
+        if report:
+            sub.add_argument("--out", metavar="FILE", help="write one JSON object")
+            sub.add_argument("--plot", metavar="FILE", help="write a PNG (needs matplotlib)")
         return sub
 
     # subjects are added here, each with the options of its module
@@ -39,6 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
     add("--context", metavar="N", type=int, default=512, help="tokens of a window (default: 512)")
     add("--windows", metavar="K", type=int, default=8, help="windows, spread evenly over the text (default: 8)")
+    add_alignment_option(sub)
+    sub = subject("align", "coordinates in which merging loses least, folded into the weights by --alignment", caches=False, report=False)
+    add = sub.add_argument
+    add("--text", metavar="FILE", required=True, help="UTF-8 text to calibrate on, not one that is measured on afterwards")
+    add("--out", metavar="FILE", required=True, help="the alignment, a .safetensors file")
+    add("--cache", metavar="SPEC", default="minicache,merge_from=0", help="whose groups are aligned, for its merge rule, window and sinks "
+        "(default: minicache,merge_from=0, which serves every merge_from)")
+    add("--map", choices=("invertible", "orthogonal"), default="invertible", help="invertible maps also stretch (default: invertible)")
+    add("--pairs", choices=("adjacent", "any"), default="adjacent", help="any: choose which of the merged layers share (default: adjacent)")
+    add("--context", metavar="N", type=int, default=448, help="tokens of a window (default: 448)")
+    add("--windows", metavar="K", type=int, default=24, help="windows, spread evenly over the text (default: 24)")
+    add("--steps", metavar="N", type=int, default=150, help="of the fit, for each group's K and V; 0: the closed form (default: 150)")
     sub = subject("throughput", "how many rows of a cache fit and how fast they run, next to what its bytes allow")
     add = sub.add_argument
     add("--model", metavar="NAME", help="random weights in a named shape, e.g. llama-2-7b, instead of a checkpoint")

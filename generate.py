@@ -52,6 +52,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="default: auto, the checkpoint's own; float32 for a small model on a CPU")
 
 
+def add_alignment_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--alignment", metavar="FILE", help="coordinates for the layers that SPEC merges, from bench.py align; none: the "
+                        "checkpoint's own (default: alignment.safetensors beside the checkpoint, if it is there and fits)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="generate.py", description=__doc__.partition("\n")[0], epilog=EPILOG, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"--max-new-tokens, in a chat {CHAT_CAPACITY}, at most the model's positions)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default: on a GPU)")
     add("--cache", metavar="SPEC", default="full", help="how K and V are stored (default: full)")
+    add_alignment_option(parser)
     add("--compare-full", action="store_true", help="then feed the same tokens to a full cache: what SPEC loses, with --stats")
     add("--stats", action="store_true", help="times, rates and bytes on stderr")
     add("--json", action="store_true", help="one JSON object on stdout and nothing else; not for a chat")
@@ -115,10 +121,12 @@ def run(args: argparse.Namespace) -> int:
     from engine.compare import compare_to_full
     from tokenizer import ChatTemplate, stop_ids
     from tokenizer.chat_loop import ChatLoop
+    from weights import find_alignment
 
     # 1. all that needs no weights
     (device, dtype), cache = device_and_dtype(args), CacheConfig.parse(args.cache)
     checkpoint, config, tokenizer = open_checkpoint(args.checkpoint)
+    alignment = find_alignment(args.alignment, checkpoint, config, [cache])
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                             seed=args.seed, stop_ids=stop_ids(checkpoint, tokenizer))
     results = [] if args.chat else [Result(text, tokenizer.encode(text)) for text in read_prompts(args)]
@@ -133,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     # 2. the weights and the cache
     dtype = settle_cpu(config, device, dtype)
     engine = Engine.from_pretrained(checkpoint, device=device, dtype=dtype, max_batch_size=max(1, min(len(results), ROWS)),
-                                    max_seq_len=max_seq_len, cache=cache, compile=args.compile)
+                                    max_seq_len=max_seq_len, cache=cache, alignment=alignment, compile=args.compile)
     # 3. the work
     if args.chat:
         loop.run()

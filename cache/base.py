@@ -108,12 +108,23 @@ class LayerCache:
 
 
 class KVCache(nn.Module):
-    """All layers of a model: `groups` in layer order, `layers[l]` the handle that layer l's attention calls."""
+    """All layers of a model: `groups` in order of their first layers, `layers[l]` the handle that layer l's attention calls."""
 
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         super().__init__()
         self.groups = nn.ModuleList(groups)
-        self.layers = [LayerCache(g, i) for g in groups for i in range(len(g.layers))]
+        handles = {layer: LayerCache(g, i) for g in groups for i, layer in enumerate(g.layers)}
+        self.layers = [handles[layer] for layer in sorted(handles)]
+
+    def spans(self) -> list[list[LayerGroup]]:
+        """Runs of groups that together cover layers without a gap: one group each, but for groups whose layers interleave."""
+        runs, end = [], -1
+        for group in self.groups:
+            if group.layers[0] > end:
+                runs.append([])
+            runs[-1].append(group)
+            end = max(end, group.layers[-1])
+        return runs
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Free the slots `rows` [B'] int64 (None: all) for another sequence."""

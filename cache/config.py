@@ -5,6 +5,7 @@
     minicache,preset=paper
 """
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ class CacheConfig:
     kind: str = "full"
     merge_from: float | int = 0.5       # float: share of layers that stay unmerged, rounded up until `group` divides the rest; int: a layer
     group: int = 2                      # layers that share a direction (n)
+    pairs: str = ""                     # instead of both: the layers that share, by name, as 6-9:7-8; all others stay unmerged
     merge: str = "optimal"
     t: float = 0.6                      # slerp only: 0 is the earlier layer, 1 the later one
     coef: str = "projection"
@@ -51,6 +53,12 @@ class CacheConfig:
             raise ValueError(f"cache setting merge_from={self.merge_from} is a share above 1; write a share up to 1.0 or a layer index")
         if self.merge == "slerp" and self.group != 2:
             raise ValueError(f"cache setting merge=slerp joins two layers, group={self.group}; use group=2, or merge=optimal")
+        if self.pairs and not re.fullmatch(r"\d+-\d+(-\d+)*(:\d+-\d+(-\d+)*)*", self.pairs):
+            raise ValueError(f"cache setting pairs={self.pairs} names no groups of layers; write for example pairs=6-9:7-8")
+        if any(list(group) != sorted(set(group)) for group in self._named_groups()):
+            raise ValueError(f"cache setting pairs={self.pairs} has a group whose layers do not rise; write the lower one first, as 6-9")
+        if self.merge == "slerp" and any(len(group) > 2 for group in self._named_groups()):
+            raise ValueError(f"cache setting merge=slerp joins two layers, pairs={self.pairs} has more; use merge=optimal")
         if self.kind == "minicache" and not (self.merge_k or self.merge_v):
             raise ValueError("cache settings merge_k=0,merge_v=0 merge nothing; merge one of them, or use the kind quant")
 
@@ -69,6 +77,8 @@ class CacheConfig:
             if key in given:
                 raise ValueError(f"cache setting {key} is given twice ({given[key]} and {value}); give it once")
             given[key] = value
+        if "pairs" in given and (other := given.keys() & {"merge_from", "group"}):
+            raise ValueError(f"cache settings pairs and {min(other)} both say which layers share; give one of them")
         preset = given.pop("preset", None)
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"cache preset {preset!r} does not exist; choose one of: {', '.join(PRESETS)}")
@@ -96,6 +106,11 @@ class CacheConfig:
         """Layer indices by group, in order: singles below merge_from, groups of n above. ValueError if n does not divide what is left."""
         if self.kind != "minicache":
             return [(layer,) for layer in range(n_layer)]
+        if self.pairs:
+            named = [layer for group in self._named_groups() for layer in group]
+            if max(named) >= n_layer or len(set(named)) < len(named):
+                raise ValueError(f"cache setting pairs={self.pairs} must name each of the layers 0 to {n_layer - 1} at most once")
+            return sorted([*self._named_groups(), *((layer,) for layer in range(n_layer) if layer not in named)])
         n, start = self.group, self.merge_from
         if isinstance(start, float):
             start = share_of(start, n_layer)
@@ -105,6 +120,9 @@ class CacheConfig:
             raise ValueError(f"merge_from={start} leaves {n_layer - start} of {n_layer} layers, which groups of {n} do not divide; "
                              f"choose one of: {', '.join(map(str, fits))}")
         return [(layer,) for layer in range(start)] + [tuple(range(layer, layer + n)) for layer in range(start, n_layer, n)]
+
+    def _named_groups(self) -> list[tuple[int, ...]]:
+        return [tuple(map(int, group.split("-"))) for group in self.pairs.split(":")] if self.pairs else []
 
     def is_full(self, group: tuple[int, ...]) -> bool:
         """Whether a group of layers is stored as it is: nothing merged, nothing quantised."""
@@ -127,8 +145,8 @@ RANGES = {"group": (2, 8), "t": (0, 1), "retain": (0, 1), "gamma": (0, 1), "sink
           "merge_from": (0, 1 << 20)}
 _STORED = ("bits", "k_bits", "v_bits", "sinks", "window", "attend_form")
 KEYS = {"full": ("attend_form",), "quant": _STORED,
-        "minicache": ("preset", "merge_from", "group", "merge", "t", "coef", "granularity", "merge_k", "merge_v", "retention", "retain",
-                      "gamma", *_STORED)}
+        "minicache": ("preset", "merge_from", "group", "pairs", "merge", "t", "coef", "granularity", "merge_k", "merge_v", "retention",
+                      "retain", "gamma", *_STORED)}
 # The paper's setting (arXiv 2405.14366, sections 4 and 5) as it stands, retention with the sign that its text means.
 PRESETS = {"paper": dict(merge="slerp", t=0.6, coef="norm", retention="intended", gamma=0.05, merge_from=0.5, window=0, sinks=0)}
 
@@ -140,7 +158,7 @@ def share_of(share: float, size: int) -> int:
 
 def convert(key: str, value: str) -> float | int | bool | str:
     """A setting's text to its type; ValueError says which type it wants."""
-    if key in CHOICES and not key.endswith("_bits"):
+    if key == "pairs" or key in CHOICES and not key.endswith("_bits"):
         return value
     try:
         if key in ("merge_k", "merge_v"):

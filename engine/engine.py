@@ -18,7 +18,7 @@ from engine.decode import MAX_STOP_IDS, DecodeStep
 from engine.sampling import METHODS, SamplingParams
 from engine.stats import Step
 from model import ModelConfig, Rope, Transformer
-from weights import available_bytes, load_model
+from weights import Alignment, align, available_bytes, load_model
 
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
@@ -76,10 +76,11 @@ class Engine:
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
                         max_batch_size: int = 1, max_seq_len: int, cache: CacheConfig = CacheConfig(),
-                        compile: bool | None = None) -> "Engine":
-        """An engine on a checkpoint directory. dtype None: the checkpoint's own."""
+                        alignment: Alignment | None = None, compile: bool | None = None) -> "Engine":
+        """An engine on a checkpoint directory, aligned for what `cache` merges. dtype None: the checkpoint's own."""
         check_sizes(ModelConfig.from_checkpoint(checkpoint), max_batch_size, max_seq_len)
         model = load_model(checkpoint, device=device, dtype=dtype)
+        align(model, alignment, cache)
         return cls(model, max_batch_size=max_batch_size, max_seq_len=max_seq_len, cache=cache, compile=compile)
 
     def _compiled(self, step: DecodeStep):
@@ -214,17 +215,22 @@ class Engine:
     def prefill(self, ids: torch.Tensor, length: torch.Tensor, n_new: torch.Tensor, rows: torch.Tensor, *, past: int) -> torch.Tensor:
         """Store ids [B', P] (right padded, n_new [B'] valid) after `length` [B'] stored tokens -> hidden states [B', P, C].
 
-        Group-major: all chunks pass one group's layers, which attend to exact K and V, then the group commits. `past` bounds `length`.
+        Group-major: all chunks pass a group's layers, which attend to exact K and V, then it commits; groups that interleave pass
+        together. `past` bounds `length`.
         """
         P = ids.shape[1]
         x = self.model.embed(ids)
         column = torch.arange(P, device=self.device)
         input_pos, valid = length[:, None] + column, column < n_new[:, None]
-        for group in self.cache.groups:
-            exact = GroupPrefill(group, P, past=past)
+        for groups in self.cache.spans():
+            exact = [GroupPrefill(group, P, past=past) for group in groups]
+            handles = {layer: handle for e in exact for layer, handle in zip(e.group.layers, e.layers, strict=True)}
+            layers = sorted(handles)
             for start in range(0, P, self.prefill_chunk):
                 at = slice(start, start + self.prefill_chunk)
                 pos = input_pos[:, at]
-                x[:, at] = self.model.run_layers(x[:, at], group.layers, exact.layers, self.rope(pos), pos, valid[:, at], rows)
-            exact.commit(length, n_new, rows)
+                caches = [handles[layer] for layer in layers]
+                x[:, at] = self.model.run_layers(x[:, at], layers, caches, self.rope(pos), pos, valid[:, at], rows)
+            for e in exact:
+                e.commit(length, n_new, rows)
         return x

@@ -5,8 +5,9 @@ anything is allocated. `EMBEDDED` is the small checkpoint that comes with the co
 """
 from pathlib import Path
 
+from weights.alignment import Alignment, align, aligned, find_alignment
 from weights.load import available_bytes, load_model, random_model
 
 EMBEDDED = Path(__file__).parent / "storyteller"
 
-__all__ = ["EMBEDDED", "available_bytes", "load_model", "random_model"]
+__all__ = ["EMBEDDED", "Alignment", "align", "aligned", "available_bytes", "find_alignment", "load_model", "random_model"]

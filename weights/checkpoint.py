@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 DTYPES = ("BF16", "F16", "F32")
+ALIGNMENT = "alignment.safetensors"     # may lie beside the weights: see alignment.py
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _indexed_files(index)
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(file for file in directory.glob("*.safetensors") if file.name != ALIGNMENT)
     if files:
         return files
     for file in sorted(directory.iterdir()):

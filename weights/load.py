@@ -17,8 +17,7 @@ from weights.checkpoint import StoredTensor, open_safetensors, read_headers
 from weights.names import Slot, tensor_slots
 
 
-def load_model(checkpoint_dir: str | Path, *, device: torch.device | str = "cpu",
-               dtype: torch.dtype | None = None) -> Transformer:
+def load_model(checkpoint_dir: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """config.json + *.safetensors -> Transformer in eval mode on `device`, in `dtype` (None: the checkpoint's own).
 
     Raises FileNotFoundError for absent files and ValueError for anything else that does not fit, before allocation.

@@ -70,8 +70,11 @@ def ceiling_tokens_per_s(cost: tuple[int, int, int], batch: int, rates: dict[str
 def scratch_bytes(c: ModelConfig, cache: CacheConfig, *, batch: int, prompt_tokens: int, dtype: torch.dtype) -> int:
     """What a prefill and its logits need beside weights and cache, estimated: hidden states, one group's exact K and V, one chunk's MLP."""
     rows = min(batch, max(1, PREFILL_BUDGET // prompt_tokens))
-    members = max(map(len, cache.layer_groups(c.n_layer)))
-    per_token = c.dim + 2 * members * c.n_kv_head * c.head_dim
+    members, end = [0], -1          # of groups that pass the prompt together: see KVCache.spans
+    for group in cache.layer_groups(c.n_layer):
+        members = [*members, 0] if group[0] > end else members
+        members[-1], end = members[-1] + len(group), max(end, group[-1])
+    per_token = c.dim + 2 * max(members) * c.n_kv_head * c.head_dim
     chunk = rows * min(prompt_tokens, PREFILL_CHUNK) * (4 * c.intermediate_size + 3 * c.dim)
     return (rows * prompt_tokens * per_token + chunk) * dtype.itemsize + batch * c.vocab_size * (dtype.itemsize + 4)
 

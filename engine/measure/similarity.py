@@ -71,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 class RecordingLayer:
-    """A layer cache that stores nothing: exact causal attention over its own chunk, K and V kept for whoever asks."""
+    """A layer cache that stores nothing: exact causal attention over its own chunk, Q, K and V kept for whoever asks."""
 
     def __init__(self, sliding_window: int | None) -> None:
         self.sliding_window = sliding_window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None = None) -> Tensor:
-        self.k, self.v = k, v
+        self.q, self.k, self.v = q, k, v
         i = torch.arange(q.shape[2], device=q.device)
         window = self.sliding_window
         mask = None if window is None else ((i <= i[:, None]) & (i > i[:, None] - window))[None, None]

@@ -1,0 +1,332 @@
+"""Calibration of an alignment (weights/alignment.py): coordinates in which the layers that a cache merges lose least, fitted to a text.
+
+Contract: the text passes the model layer by layer and a group is fitted when its last layer is done, so beside the weights only hidden
+states and the Q, K and V of the groups that are open are alive. What is made small is the loss at the output: the squared error of what
+attention adds to the hidden state, relative to it, when K (or V, apart) are merged as in the cache and read beside exact sinks and window.
+Fitted on three quarters of the windows, judged on the others; where a fit does not win there, the checkpoint's own coordinates stay.
+Trap: the cosine is not the loss. Attention weighs exact columns (sinks) against merged ones, and keys that are too short shift weight.
+"""
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cache import CacheConfig
+from cache.merge import merge
+from engine.measure.report import check_outputs, print_table, progress
+from engine.measure.similarity import RecordingLayer
+from engine.measure.windows import read_windows
+from generate import device_and_dtype, open_checkpoint
+from model import Rope, Transformer
+from weights import load_model
+from weights.alignment import MAX_CONDITION, Alignment, LayerMap, aligned, write_alignment
+
+QUERIES, BATCH = 64, 4      # a step of the fit looks at the attention of so many positions in so many windows
+CODE_NOISE = .0095          # relative squared error of 4-bit codes (Lloyd-Max, normal law): no map may live on digits that codes drop
+RATES = {"k": .03, "v": .01}
+COLUMNS = {"group": ("layers", ""), "order": ("kv heads", "")}
+COLUMNS |= {f"{x}_{key}": (heading, spec) for x in "kv" for key, heading, spec in (
+    ("before", f"{x.upper()} loss", ".4f"), ("after", "aligned", ".4f"), ("condition", "condition", ".1f"))}
+
+
+@dataclass
+class States:
+    """A layer on the calibration windows, fp32: q [N, H, T, D], k, v [N, G, T, D] after RoPE; wo [C, H, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    wo: Tensor
+
+    def in_order(self, order: Tensor) -> "States":
+        """kv head order[g] in slot g, its query heads with it."""
+        q, wo = (x.unflatten(1, (len(order), -1))[:, order].flatten(1, 2) for x in (self.q, self.wo))
+        return States(q, self.k[:, order], self.v[:, order], wo)
+
+
+@torch.no_grad()
+def layer_states(model: Transformer, windows: Sequence[Sequence[int]]) -> Iterator[States]:
+    """The States of layer 0, 1, ...: windows [N][T] of ids pass one layer after the other."""
+    T, device, D = len(windows[0]), model.embed.weight.device, model.config.head_dim
+    pos = torch.arange(T, device=device)[None]
+    cos_sin, hidden = Rope(model.config, T).to(device)(pos), [model.embed(torch.tensor([w], device=device)) for w in windows]
+    for layer, block in enumerate(model.layers):
+        progress(f"layer {layer} of {len(model.layers)}")
+        caches = [RecordingLayer(model.config.sliding_window) for _ in hidden]
+        hidden = [model.run_layers(x, [layer], [c], cos_sin, pos, pos >= 0) for x, c in zip(hidden, caches, strict=True)]
+        wo = block.attention.wo.weight.float().unflatten(1, (-1, D))
+        yield States(*(torch.cat([getattr(c, x) for c in caches]).float() for x in "qkv"), wo)
+
+
+class Group:
+    """The layers that share storage, kv heads in their slots, and what maps lose: of K complex [n, G, D / 2], of V [n, G, D, D]."""
+
+    def __init__(self, states: Sequence[States], cache: CacheConfig, sliding_window: int | None) -> None:
+        self.states, self.cache = states, cache
+        self.x = {x: torch.stack([getattr(s, x) for s in states]) for x in "kv"}                        # [n, N, G, T, D]
+        n, N, G, T, D = self.x["k"].shape
+        i = torch.arange(T, device=self.x["k"].device)
+        back = i[:, None] - i
+        self.seen, self.exact = (back >= 0) & (back < (sliding_window or T)), (back <= cache.window) | (i < cache.sinks)
+        self.fitted, self.judges = torch.arange(N - max(1, N // 4)), torch.arange(N - max(1, N // 4), N)
+        eye = torch.eye(D, device=i.device).expand(n, G, D, D)
+        self.own = {"k": torch.ones(n, G, D // 2, dtype=torch.complex64, device=i.device), "v": eye}
+
+    def merged(self, x: str, maps: Tensor, windows: Tensor, noise: float) -> Tensor:
+        """K or V of some windows as the cache would give them back, [n, N', G, T, D]; noise: relative squared error of the codes."""
+        stored = change(self.x[x][:, windows], maps[:, None])
+        direction, coefficient = merge(stored, self.cache.merge, t=self.cache.t, coef=self.cache.coef)
+        direction = direction + torch.randn_like(direction) * (noise / direction.shape[-1]) ** .5
+        return change(coefficient[..., None] * direction, (1 / maps if x == "k" else torch.linalg.inv(maps))[:, None])
+
+    def loss(self, x: str, maps: Tensor, windows: Tensor, queries: Tensor, noise: float = CODE_NOISE) -> Tensor:
+        """Squared error of the attention's output relative to the output, mean over layers: K or V merged where they are not exact."""
+        losses = []
+        for s, merged in zip(self.states, self.merged(x, maps, windows, noise), strict=True):
+            q, k, v = s.q[windows][:, :, queries], s.k[windows], s.v[windows]
+            q = q.unflatten(1, (k.shape[1], -1))                                                        # [N', G, H / G, Q, D]
+            score = q @ k[:, :, None].mT * k.shape[-1] ** -.5
+            p = score.masked_fill(~self.seen[queries], float("-inf")).softmax(-1)
+            exact, of = self.exact[queries], s.wo.unflatten(1, (k.shape[1], -1))
+            if x == "v":
+                error, reference = (p * ~exact) @ (merged - v)[:, :, None], p @ v[:, :, None]
+            else:
+                score = torch.where(exact, score, q @ merged[:, :, None].mT * k.shape[-1] ** -.5)
+                reference = p @ v[:, :, None]
+                error = score.masked_fill(~self.seen[queries], float("-inf")).softmax(-1) @ v[:, :, None] - reference
+            error, reference = (torch.einsum("bghtd,cghd->btc", y, of).square().sum() for y in (error, reference))
+            losses.append(error / reference)
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def judge(self, x: str, maps: Tensor) -> float:
+        """The loss on the windows that no fit sees, at every fourth position."""
+        torch.manual_seed(0)
+        return float(self.loss(x, maps, self.judges, torch.arange(3, self.seen.shape[0], 4)))
+
+    def start(self, x: str) -> Tensor:
+        """Orthogonal maps in closed form: every layer turned to the first so that a shared direction keeps most of their energy.
+
+        Of two vectors a and R b it keeps (|a|^2 + |b|^2) / 2 + sqrt(((|a|^2 - |b|^2) / 2)^2 + (a . R b)^2), convex in R: each round
+        solves the tangent problem max sum w a . R b, w the derivative by the product (Procrustes for V, a phase for K), and cannot lose.
+        """
+        first, *others = self.x[x][:, self.fitted].transpose(1, 2).flatten(2, 3)                        # [G, N T, D] each
+        maps = [self.own[x][0]]
+        for b in others:
+            r = self.own[x][0]
+            half = (first.square().sum(-1) - b.square().sum(-1)) / 2
+            for round in range(12):
+                dot = (first * change(b[None], r)[0]).sum(-1)
+                w = dot / (half.square() + dot.square()).sqrt().clamp_min(1e-20) if round else torch.ones_like(dot)
+                if x == "k":
+                    r = (as_complex(first) * as_complex(b).conj() * w[..., None]).sum(1)
+                    r = r / r.abs().clamp_min(1e-20)
+                else:
+                    u, _, v = torch.linalg.svd((first * w[..., None]).mT @ b)
+                    r = u @ v
+            maps.append(r)
+        return torch.stack(maps)
+
+    def refine(self, x: str, maps: Tensor, *, steps: int, invertible: bool) -> Tensor:
+        """Adam on the loss, from `maps` on: of K phases and, if `invertible`, scales; V's maps times exp of a matrix, skew if not."""
+        generator = torch.Generator().manual_seed(0)
+        free = torch.zeros((2, *maps.shape) if x == "k" else maps.shape, device=maps.device, requires_grad=True)
+
+        def current() -> Tensor:
+            if x == "k":
+                return maps * torch.polar((free[0] * invertible).exp(), free[1])
+            return torch.linalg.matrix_exp(free if invertible else free - free.mT) @ maps
+
+        optimiser = torch.optim.Adam([free], lr=RATES[x])
+        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, max(steps, 1))
+        for _ in range(steps):
+            windows = self.fitted[torch.randperm(len(self.fitted), generator=generator)[:BATCH]]
+            queries = torch.randperm(self.seen.shape[0], generator=generator)[:QUERIES]
+            optimiser.zero_grad()
+            self.loss(x, current(), windows, queries).backward()
+            optimiser.step()
+            schedule.step()
+        return bounded(current().detach())
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """Coordinates i and i + D / 2, which RoPE turns together, as one number: [..., D] -> [..., D / 2]."""
+    return torch.complex(*(part.contiguous() for part in x.chunk(2, -1)))
+
+
+def change(x: Tensor, maps: Tensor) -> Tensor:
+    """x [..., G, T, D] in the coordinates of maps: complex [..., G, D / 2], or real [..., G, D, D]."""
+    if not maps.is_complex():
+        return x @ maps.mT
+    y = as_complex(x) * maps[..., None, :]
+    return torch.cat((y.real, y.imag), -1)
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """By how much a map stretches its principal directions: [..., D or D / 2]."""
+    return maps.abs() if maps.is_complex() else torch.linalg.svdvals(maps)
+
+
+def bounded(maps: Tensor) -> Tensor:
+    """The same with the condition number brought under MAX_CONDITION, the largest stretch kept."""
+    s = stretch(maps)
+    to = s.clamp_min(s.amax(-1, keepdim=True) * 1.01 / MAX_CONDITION)
+    if maps.is_complex():
+        return maps * (to / s)
+    u, _, v = torch.linalg.svd(maps)
+    return u * to[..., None, :] @ v
+
+
+def head_order(first: States, other: States) -> Tensor:
+    """order [G]: the kv head of `other` to set beside each of `first`, by what their products keep; greedy, then swaps that help."""
+    def flat(x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).flatten(1, 2)
+        return x / x.square().sum((1, 2), keepdim=True).sqrt()
+    G, (ka, kb, va, vb) = first.k.shape[1], map(flat, (first.k, other.k, first.v, other.v))
+    keys = torch.einsum("gtf,htf->ghf", as_complex(ka), as_complex(kb).conj()).abs().sum(-1)
+    gain = keys + torch.linalg.svdvals(torch.einsum("gtd,hte->ghde", va, vb)).sum(-1)                 # [G, G]
+    order, left = [-1] * G, gain.clone()
+    for _ in range(G):
+        g, h = divmod(int(left.argmax()), G)
+        order[g] = h
+        left[g], left[:, h] = float("-inf"), float("-inf")
+    better = True
+    while better:
+        better = False
+        for g, h in combinations(range(G), 2):
+            if gain[g, order[h]] + gain[h, order[g]] > gain[g, order[g]] + gain[h, order[h]] + 1e-6:
+                order[g], order[h], better = order[h], order[g], True
+    return torch.tensor(order, device=first.k.device)
+
+
+def start_loss(states: Sequence[States], cache: CacheConfig, sliding_window: int | None) -> float:
+    """What a group loses in the coordinates of the closed form: cheap, to choose between pairs."""
+    group = Group(states, cache, sliding_window)
+    return sum(group.judge(x, group.start(x)) for x in merged_kinds(cache))
+
+
+def merged_kinds(cache: CacheConfig) -> str:
+    return "k" * cache.merge_k + "v" * cache.merge_v
+
+
+def fit(layers: Sequence[int], states: Sequence[States], cache: CacheConfig, sliding_window: int | None, *, steps: int,
+        invertible: bool) -> tuple[dict[int, LayerMap], dict]:
+    """The maps of one group and its row of the table. Head order, K and V are each kept only where the windows not fitted say so."""
+    G, kinds = states[0].k.shape[1], merged_kinds(cache)
+    own = torch.arange(G, device=states[0].k.device)
+    orders = [[own] * len(layers), [own] + [head_order(states[0], s) for s in states[1:]]]
+    groups = [Group([s.in_order(o) for s, o in zip(states, order, strict=True)], cache, sliding_window) for order in orders]
+    before = {x: groups[0].judge(x, groups[0].own[x]) for x in kinds}
+    # 1. the order of heads whose closed form loses less
+    starts = [{x: g.start(x) for x in kinds} for g in groups]
+    at = min(range(2), key=lambda i: sum(groups[i].judge(x, m) for x, m in starts[i].items()))
+    group, maps, after = groups[at], dict(groups[at].own), {}
+    # 2. the maps, refined where the loss falls; the checkpoint's own where nothing beats them
+    for x in kinds:
+        choices = [starts[at][x], group.refine(x, starts[at][x], steps=steps, invertible=invertible)] + [group.own[x]] * (at == 0)
+        after[x], maps[x] = min(((group.judge(x, m), m) for m in choices), key=lambda pair: pair[0])
+    if at and sum(after.values()) >= sum(before.values()):
+        group, maps, after, at = groups[0], dict(groups[0].own), before, 0
+    found = {layer: LayerMap(order.cpu(), k.cpu(), v.contiguous().cpu())
+             for layer, order, k, v in zip(layers, orders[at], maps["k"], maps["v"], strict=True)}
+    row = {"group": "-".join(map(str, layers)), "order": " ".join("".join(f"{h}," for h in m.order.tolist())[:-1] for m in found.values())}
+    for x in kinds:
+        s = stretch(maps[x])
+        row |= {f"{x}_before": before[x], f"{x}_after": after[x], f"{x}_condition": float((s.amax(-1) / s.amin(-1)).max())}
+    return found, row
+
+
+def choose_pairs(states: dict[int, States], cache: CacheConfig, sliding_window: int | None) -> list[tuple[int, ...]]:
+    """All layers of `states` in pairs of little loss: the cheapest first, then two pairs change partners while that helps."""
+    cost = {}
+    for pair in combinations(sorted(states), 2):
+        progress(f"pair {pair[0]}-{pair[1]}")
+        cost[pair] = start_loss([states[layer] for layer in pair], cache, sliding_window)
+    pairs: list[tuple[int, int]] = []
+    for pair in sorted(cost, key=cost.get):
+        if not any(layer in other for layer in pair for other in pairs):
+            pairs.append(pair)
+    better = True
+    while better:
+        better = False
+        for i, j in combinations(range(len(pairs)), 2):
+            (a, b), (c, d) = pairs[i], pairs[j]
+            for new in (((a, c), (b, d)), ((a, d), (b, c))):
+                new = tuple(tuple(sorted(pair)) for pair in new)
+                if cost[new[0]] + cost[new[1]] < cost[pairs[i]] + cost[pairs[j]] - 1e-9:
+                    (pairs[i], pairs[j]), better = new, True
+    return sorted(pairs)
+
+
+@torch.no_grad()
+def folding_loss(model: Transformer, alignment: Alignment, cache: CacheConfig, windows: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What folding does to the model, full attention: the largest change of a logit, and KL (nats per token) once rounded to bf16."""
+    def predict() -> Tensor:
+        T, device = len(windows[0]), model.embed.weight.device
+        pos = torch.arange(T, device=device)[None]
+        caches = [RecordingLayer(model.config.sliding_window) for _ in model.layers]
+        x = model.embed(torch.tensor(windows, device=device))
+        return model.logits(model.run_layers(x, range(len(caches)), caches, Rope(model.config, T).to(device)(pos), pos, pos >= 0))
+
+    def kl(p: Tensor, q: Tensor) -> float:
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+    before = predict()
+    with aligned(model, alignment, cache):
+        largest = float((predict() - before).abs().max())
+        for layer in alignment.layers:
+            for p in model.layers[layer].attention.parameters():
+                p.copy_(p.bfloat16())
+        return {"largest_logit_change": largest, "bf16_kl_nats_per_token": kl(before, predict())}
+
+
+def run(args: argparse.Namespace) -> int:
+    """The subject `align` of bench.py -> exit status."""
+    # 1. all that can be refused
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(f"--out {args.out} is not a .safetensors file; an alignment is written as safetensors")
+    check_outputs(args.out, None)
+    (device, dtype), (checkpoint, config, tokenizer) = device_and_dtype(args), open_checkpoint(args.checkpoint)
+    cache = CacheConfig.parse(args.cache)
+    groups = [group for group in cache.layer_groups(config.n_layer) if len(group) > 1]
+    if not groups:
+        raise ValueError(f"--cache {args.cache} merges no layers of {config.n_layer}; give a minicache SPEC that does")
+    if args.pairs == "any" and cache.group != 2:
+        raise ValueError(f"--pairs any makes pairs, --cache {args.cache} merges {cache.group} layers; leave out one of them")
+    if not 8 <= args.context <= config.max_position_embeddings:
+        raise ValueError(f"--context is {args.context}; give 8 to {config.max_position_embeddings}, the model's positions")
+    for option, least in (("windows", 2), ("steps", 0)):
+        if getattr(args, option) < least:
+            raise ValueError(f"--{option} is {getattr(args, option)}; give at least {least}")
+    windows = read_windows(args.text, tokenizer, n_tokens=args.context, n_windows=args.windows)
+    # 2. the work: a group is fitted as soon as its layers are there
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    options = dict(steps=args.steps, invertible=args.map == "invertible")
+    states, maps, rows, merged = {}, {}, [], {layer for group in groups for layer in group}
+    for layer, s in enumerate(layer_states(model, windows)):
+        if layer in merged:
+            states[layer] = s
+        if args.pairs == "any":
+            if layer < max(merged):
+                continue
+            groups = choose_pairs(states, cache, config.sliding_window)
+        for group in groups:
+            if states.keys() >= set(group):
+                found, row = fit(group, [states.pop(member) for member in group], cache, config.sliding_window, **options)
+                maps |= found
+                rows.append(row)
+    alignment = Alignment(tuple(groups), maps)
+    spec = "minicache,pairs=" + ":".join(row["group"] for row in rows) if args.pairs == "any" else args.cache
+    write_alignment(args.out, alignment, kind=args.map)
+    # 3. the report
+    print(f"{Path(args.text).name}: {args.context * args.windows:,} tokens in {args.windows} windows; {checkpoint.name}, {device}; "
+          f"{args.map} maps\nloss: squared error of the attention's output, relative to the output, mean of the layers, on windows that were not fitted\n")
+    print_table(rows, COLUMNS)
+    change = folding_loss(model, alignment, CacheConfig.parse(spec), windows[-2:])
+    print(f"\nfull attention, folded: a logit changes by {change['largest_logit_change']:.1e} at most; rounded to bf16, KL "
+          f"{change['bf16_kl_nats_per_token']:.1e} nats per token\n{args.out} serves {spec}")
+    return 0

@@ -1,0 +1,177 @@
+"""Alignment: other coordinates for K and V, chosen so that merged layers look alike, folded into the weights. The model stays the same.
+
+In each layer of a group, slot g takes the checkpoint's kv head `order[g]` with its query heads, and in its coordinates
+    k' = c k,  q' = q / conj(c)     c: a complex number for each pair (i, i + D / 2) that RoPE turns, so the two commute; q' . k' = q . k
+    v' = M v,  W_O' = W_O M^-1      M: any invertible [D, D]
+Only what a cache merges is folded: layers that it stores one by one keep their own coordinates, which suit their codes.
+Trap: files are untrusted, and a map that is near singular would drown the model in rounding: see `read_alignment`.
+"""
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from model import ModelConfig, Transformer
+from weights.checkpoint import ALIGNMENT
+
+if TYPE_CHECKING:
+    from cache import CacheConfig
+
+FORMAT = "minicache-alignment-1"
+MAX_CONDITION = 64.0                # of a map, largest over smallest stretch: bf16 has 256 steps
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One layer's coordinates, by slot: order [G] int64, k complex64 [G, D / 2], v [G, D, D] fp32."""
+
+    order: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Maps for the layers of `groups`; source: where they come from, for messages."""
+
+    groups: tuple[tuple[int, ...], ...]
+    layers: Mapping[int, LayerMap]
+    source: str = "the alignment"
+
+    def wanted(self, cache: "CacheConfig", n_layer: int) -> list[tuple[int, ...]]:
+        """The groups that `cache` merges. ValueError where one of them is not among ours."""
+        merged = [group for group in cache.layer_groups(n_layer) if len(group) > 1]
+        strange = [group for group in merged if group not in self.groups]
+        if strange:
+            ours = ", ".join("-".join(map(str, group)) for group in self.groups)
+            raise ValueError(f"{self.source} aligns layers {ours}, the cache merges {'-'.join(map(str, strange[0]))}: make one for this "
+                             "cache with bench.py align --cache SPEC, or use --alignment none")
+        return merged
+
+
+def fold(model: Transformer, maps: Mapping[int, LayerMap], *, k: bool = True, v: bool = True) -> None:
+    """Write the maps of K, of V or of both into the layers' wqkv and wo, in place: computed in fp64, rounded once to the weights' dtype."""
+    c = model.config
+    H, G, D = c.n_head, c.n_kv_head, c.head_dim
+    for layer, m in maps.items():
+        attention = model.layers[layer].attention
+        m = LayerMap(*(x.to(attention.wo.weight.device) for x in (m.order, m.k.to(torch.complex128), m.v.double())))
+        wq, wk, wv = attention.wqkv.weight.double().unflatten(0, (-1, D)).split((H, G, G))          # [heads, D, C]
+        wq, wk, wv = wq.unflatten(0, (G, -1))[m.order], wk[m.order], wv[m.order]
+        wo = attention.wo.weight.double().unflatten(1, (G, -1, D))[:, m.order]                      # [C, G, H / G, D]
+        if k:
+            wk, wq = turn(wk, m.k), turn(wq, 1 / m.k.conj()[:, None])
+        if v:
+            wv, wo = m.v @ wv, torch.einsum("cghd,gde->cghe", wo, torch.linalg.inv(m.v))
+        attention.wqkv.weight.copy_(torch.cat((wq.flatten(0, 1), wk, wv)).flatten(0, 1))
+        attention.wo.weight.copy_(wo.flatten(1))
+
+
+def turn(x: Tensor, c: Tensor) -> Tensor:
+    """x [..., D, C] with coordinates (i, i + D / 2) as complex numbers, times c [..., D / 2]."""
+    a, b = x.chunk(2, -2)
+    re, im = c.real[..., None], c.imag[..., None]
+    return torch.cat((re * a - im * b, im * a + re * b), -2)
+
+
+@contextmanager
+def aligned(model: Transformer, alignment: Alignment | None, cache: "CacheConfig") -> Iterator[None]:
+    """Inside, `model` is aligned for what `cache` merges; afterwards its weights are bit for bit what they were. None: nothing happens."""
+    groups = alignment.wanted(cache, model.config.n_layer) if alignment else []
+    layers = [layer for group in groups for layer in group]
+    kept = {p: p.clone() for layer in layers for p in model.layers[layer].attention.parameters()}
+    align(model, alignment, cache)
+    try:
+        yield
+    finally:
+        for parameter, before in kept.items():
+            parameter.copy_(before)
+
+
+def align(model: Transformer, alignment: Alignment | None, cache: "CacheConfig") -> None:
+    """Fold what `cache` merges, for good. None: nothing happens. ValueError where its groups are not those of the alignment."""
+    if alignment:
+        groups = alignment.wanted(cache, model.config.n_layer)
+        fold(model, {layer: alignment.layers[layer] for group in groups for layer in group}, k=cache.merge_k, v=cache.merge_v)
+
+
+def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, caches: Sequence["CacheConfig"] = ()) -> Alignment | None:
+    """The file that --alignment names; None: the checkpoint's own, if it has one that fits all `caches`; "none": nothing."""
+    path = checkpoint / ALIGNMENT if option is None else Path(option)
+    if option == "none" or option is None and not path.is_file():
+        return None
+    alignment = read_alignment(path, config)
+    try:
+        for cache in caches:
+            alignment.wanted(cache, config.n_layer)
+    except ValueError:
+        if option is not None:
+            raise
+        return None
+    return alignment
+
+
+def read_alignment(path: str | Path, config: ModelConfig) -> Alignment:
+    """ValueError, one line, for a file that is no alignment of a model of these shapes."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        meta, tensors = json.loads(data[8:8 + size]).get("__metadata__", {}), load(data)
+        groups = tuple(tuple(group) for group in json.loads(meta["groups"])) if meta.get("format") == FORMAT else None
+    except OSError as error:
+        raise ValueError(f"--alignment {path} cannot be read ({error.strerror}); make one with bench.py align") from None
+    except Exception as error:      # whatever a broken header makes of the parsers
+        raise ValueError(f"{path} is truncated or no safetensors file ({str(error)!r}); make it again with bench.py align") from None
+    wrong = _why_not(groups, meta.get("map"), tensors, config)
+    if wrong:
+        raise ValueError(f"{path} is no alignment of this model: {wrong}; make one with bench.py align")
+    layers = {layer: LayerMap(tensors[f"{layer}.order"], torch.view_as_complex(tensors[f"{layer}.k"]), tensors[f"{layer}.v"])
+              for group in groups for layer in group}
+    return Alignment(groups, layers, str(path))
+
+
+def _why_not(groups: tuple | None, kind: str | None, tensors: Mapping[str, Tensor], c: ModelConfig) -> str | None:
+    """What is wrong with a file's contents, or None."""
+    if groups is None or kind not in ("orthogonal", "invertible"):
+        return f"its header does not say {FORMAT}"
+    flat = [layer for group in groups for layer in group]
+    if not all(type(layer) is int and 0 <= layer < c.n_layer for layer in flat):
+        return f"it has groups {list(map(list, groups))}, the model layers 0 to {c.n_layer - 1}"
+    if len(set(flat)) < len(flat) or any(len(group) < 2 or list(group) != sorted(group) for group in groups):
+        return f"its groups {list(map(list, groups))} are not disjoint groups of rising layers"
+    G, D = c.n_kv_head, c.head_dim
+    shapes = {"order": ((G,), torch.int64), "k": ((G, D // 2, 2), torch.float32), "v": ((G, D, D), torch.float32)}
+    expected = {f"{layer}.{name}": want for layer in flat for name, want in shapes.items()}
+    if tensors.keys() != expected.keys():
+        return f"its tensors are not those of its groups (first {min(tensors.keys() ^ expected.keys())!r})"
+    for name, (shape, dtype) in expected.items():
+        x = tensors[name]
+        if tuple(x.shape) != shape or x.dtype != dtype:
+            return f"tensor {name!r} is {x.dtype} {list(x.shape)}, the model wants {dtype} {list(shape)}"
+        if name.endswith("order"):
+            if x.sort().values.tolist() != list(range(G)):
+                return f"{name!r} is {x.tolist()}, not an order of {G} kv heads"
+            continue
+        if not x.isfinite().all():
+            return f"tensor {name!r} holds numbers that are not finite"
+        stretch = torch.linalg.svdvals(x) if name.endswith("v") else x.norm(dim=-1)         # [G, D or D / 2]
+        if kind == "orthogonal" and (stretch - 1).abs().max() > 1e-3:
+            return f"map {name!r} is not orthogonal (it stretches by up to {stretch.max():.4g}), as its header says"
+        stretch = max(stretch.unbind(0), key=lambda s: s.max() / s.min())
+        if not stretch.max() <= MAX_CONDITION * stretch.min():
+            return f"map {name!r} has a condition number of {stretch.max() / stretch.min():.3g}, above {MAX_CONDITION:g} rounding would show"
+    return None
+
+
+def write_alignment(path: str | Path, alignment: Alignment, *, kind: str) -> None:
+    """kind: orthogonal or invertible, which a reader holds the maps to."""
+    tensors = {f"{layer}.{name}": x.clone() for layer, m in alignment.layers.items()
+               for name, x in (("order", m.order), ("k", torch.view_as_real(m.k)), ("v", m.v))}
+    save_file(tensors, path, metadata={"format": FORMAT, "map": kind, "groups": json.dumps(alignment.groups)})
