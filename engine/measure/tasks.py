@@ -102,7 +102,7 @@ def load_tasks(names: str, include_path: str | None, *, num_fewshot: int | None)
         tasks = manager.load(wanted)
     except Exception as error:                  # of the hub, of datasets, of a task's own code: whatever it is, no weights were read for it
         raise ValueError(f"--tasks {names} cannot be loaded ({type(error).__name__}: {error}); data sets come from the Hugging Face hub "
-                         "or from its cache on this machine") from None
+                         "or from its cache on this machine, modules that a task imports from the extra eval") from None
     for task in tasks["tasks"].values():        # as the harness does: a task that says 0 examples stays with them
         own = task.get_config("num_fewshot")
         if own is None or own and num_fewshot is not None:
