@@ -75,6 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--peer", choices=("transformers",), help="the caches of another library on the same weights, in the same run")
     add("--card-only", action="store_true", help="print the static card; nothing is measured or allocated")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default: on a GPU)")
+    sub = subject("tasks", "tasks of lm-evaluation-harness, or of your own, answered with each cache")
+    add = sub.add_argument
+    add("--tasks", metavar="A,B", required=True, help="the harness's names, e.g. gsm8k,coqa,truthfulqa_mc2,longbench, or YAML files")
+    add("--include-path", metavar="DIR", help="folder with task files of your own")
+    add("--limit", metavar="N", type=int, help="only the first N documents of a task")
+    add("--num-fewshot", metavar="N", type=int, help="examples before a question (default: the task's own)")
+    add("--batch-size", metavar="B", type=int, default=8, help="requests that run together (default: 8)")
+    add("--max-seq-len", metavar="S", type=int, help="capacity of a row; what is longer loses its beginning (default: 4096, at most the "
+        "model's positions)")
     sub = subject("attention", "how long one layer's attention takes for one new token per row, next to the bytes it reads", model=False)
     add = sub.add_argument
     add("--heads", metavar="H", type=int, required=True, help="query heads")

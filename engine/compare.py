@@ -17,7 +17,7 @@ def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Seq
                   chunk: bool = False, exact: KVCache | None = None) -> Iterator[Tensor]:
     """Yields logits [B, V] for target 0, 1, ... of every row, fed token by token as in decoding; a row past its end repeats garbage.
 
-    At most one prompt per engine row; B is max_batch_size, rows without a prompt last.
+    At most one prompt per engine row; B is max_batch_size, rows without a prompt last. After an empty prompt the first logits mean nothing.
     A row must hold len(prompt) + len(target) - 1 tokens.
     chunk: the targets pass at once, over the prompts as stored and over each other exactly; B is then len(prompts).
     exact: a full cache whose rows hold these prompts; they are stored from it, not computed again, and target 0, whose logits come
@@ -26,7 +26,7 @@ def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Seq
     idle = engine.max_batch_size - len(prompts)
     tensor = lambda x: torch.tensor(x, device=engine.device)        # noqa: E731
     n_prompt, n_target = tensor([len(p) for p in prompts]), tensor([len(t) for t in targets])
-    width, steps = int(n_prompt.max()), int(n_target.max())
+    width, steps = max(int(n_prompt.max()), 1), int(n_target.max())
     fed = tensor([list(t) + [0] * (steps - len(t)) for t in targets])
     engine.cache.reset()
     rows = torch.arange(len(prompts), device=engine.device)

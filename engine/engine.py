@@ -72,6 +72,7 @@ class Engine:
         self._warm: set[str] = set()
         self._running: Iterator[Step] | None = None
         self._interrupted = False
+        self._ended: set[int] = set()
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
@@ -101,6 +102,10 @@ class Engine:
         """Ask a running generate() to end after the current step: safe to call from a signal handler."""
         self._interrupted = True
 
+    def end(self, index: int) -> None:
+        """Between two Steps of generate(): prompt `index` has said enough, its row goes to the next. No Step reports it finished."""
+        self._ended.add(index)
+
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *,
                  reuse: bool = False) -> Iterator[Step]:
         """Continue every prompt; yields Steps until all have finished. Everything is checked before any work is done.
@@ -113,7 +118,7 @@ class Engine:
         self._check(queue, reuse)
         if self._running is not None:
             self._running.close()       # a run left early gives its rows back now, not when it is collected
-        self._running, self._interrupted = self._run(queue, reuse), False
+        self._running, self._interrupted, self._ended = self._run(queue, reuse), False, set()
         return self._running
 
     def _check(self, queue: Sequence[Request], reuse: bool) -> None:
@@ -170,6 +175,9 @@ class Engine:
                 warm = key in self._warm
                 self._warm.add(key)
                 yield Step(phase, tokens, finished, fed, now - t, now - begin, warm)
+                for row in [row for row, r in active.items() if r.index in self._ended]:
+                    self.step.done[row] = True
+                    self._release(active.pop(row), free)
             if active or queue:
                 now = time.perf_counter()
                 yield Step("decode", [], [(r.index, "interrupted") for r in [*active.values(), *queue]], 0, 0.0, now - begin, False)
