@@ -127,6 +127,17 @@ def test_a_resumed_run_ends_with_the_same_weights(work: Path, trained: tuple) ->
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained[0].parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "give --minutes or --steps"), (["--steps", "20", "--resume"], "resume.pt is of the shape"),
+    (["--evaluate", "nowhere"], "nowhere")])
+def test_a_mistake_is_one_line_and_status_2(work: Path, trained: tuple, arguments: list, message: str, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(recipe.SHAPES, "gpu", SHAPE._replace(dim=128))
+    with pytest.raises(SystemExit) as caught:
+        recipe.main([*arguments, "--work", str(work), "--data", str(work), "--held-out", str(work)])
+    assert caught.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_exported_folder_gives_the_trained_model_s_logits_and_text(work: Path, trained: tuple, tmp_path: Path) -> None:
     model, _ = trained
     export(model, recipe.hf_config(SHAPE), work / "data", tmp_path)

@@ -59,12 +59,14 @@ def word_runs(text: str) -> np.ndarray:
 
 
 def request_for(story: str, rng: random.Random) -> str | None:
-    """What a user might have asked to get this story: its hero (named, or the likeliest name) and place, by rule; None: no hero found."""
-    opening = story[:400]
+    """What a user might have asked to get this story, by rule: hero ("named ...", "there was a ...", the commonest name) and place."""
+    opening = story[:600]
     if found := re.search(r"\b(an?) ((?:[a-z]+ ){1,4})named ([A-Z][a-z]+)", opening):
         hero = rng.choice((f"{found[1]} {found[2]}named {found[3]}", found[3]))
+    elif found := re.search(r"\bthere (?:was|lived) (an? [a-z]+(?: [a-z]+){0,2}?)(?= (?:who|that|in|with|and)\b|[.,])", opening):
+        hero = found[1]
     else:
-        names = Counter(w for w in re.findall(r"[a-z,] ([A-Z][a-z]{2,})\b", story) if w not in ("Mom", "Mommy", "Dad", "Daddy", "Mama"))
+        names = Counter(w for w in re.findall(r"[a-z] ([A-Z][a-z]{2,})\b", story) if w not in ("Mom", "Mommy", "Dad", "Daddy", "Mama"))
         if not names or names.most_common(1)[0][1] < 2:
             return None
         hero = names.most_common(1)[0][0]

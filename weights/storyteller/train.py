@@ -157,7 +157,11 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
     adamw = torch.optim.AdamW([p for name, p in model.named_parameters() if name not in muon.parameters], betas=(.9, .95), weight_decay=0)
     step, before, rows = 0, 0., []
     if resume:
+        if not (work / "resume.pt").is_file():
+            raise FileNotFoundError(f"{work} holds no resume.pt: start the run without --resume")
         state = torch.load(work / "resume.pt", map_location=device, weights_only=True)
+        if tuple(state["shape"]) != tuple(shape):
+            raise ValueError(f"{work}/resume.pt is of the shape {tuple(state['shape'])}, not {tuple(shape)}: give that run's --shape")
         model.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
         for name, buffer in muon.buffers.items():
@@ -168,8 +172,8 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
     losses, marked, saved = [], started, started
 
     def save() -> None:
-        state = {"model": model.state_dict(), "adamw": adamw.state_dict(), "muon": muon.buffers, "drawn": windows.drawn, "step": step,
-                 "seconds": before + time.monotonic() - started, "rows": rows}
+        state = {"shape": tuple(shape), "model": model.state_dict(), "adamw": adamw.state_dict(), "muon": muon.buffers,
+                 "drawn": windows.drawn, "step": step, "seconds": before + time.monotonic() - started, "rows": rows}
         torch.save(state, work / "resume.new")
         (work / "resume.new").replace(work / "resume.pt")
         with open(work / "log.csv", "w", newline="") as file:
@@ -226,7 +230,8 @@ def evaluate(directory: Path, held_out: Path) -> dict[str, float]:
     return nll
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """The command line. A user's mistake is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="held-out NLL per byte of this checkpoint, and nothing else")
     parser.add_argument("--shape", choices=SHAPES, default="gpu")
@@ -237,12 +242,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/train"), help="<source>.txt.xz (default: %(default)s)")
     parser.add_argument("--held-out", type=Path, default=Path("../shared/data/text"), help="<name>.txt (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/storyteller"), help="what is made (default: %(default)s)")
-    args = parser.parse_args()
-    if args.evaluate is not None:
-        print(json.dumps(evaluate(args.evaluate, args.held_out), indent=1))
-        return
-    if not args.minutes and not args.steps:
-        parser.error("give --minutes or --steps")
+    args = parser.parse_args(argv)
+    if args.evaluate is None and not (args.minutes or 0) > 0 and not (args.steps or 0) > 0:
+        parser.error("give --minutes or --steps, above 0")
+    try:
+        print(json.dumps(evaluate(args.evaluate, args.held_out) if args.evaluate else run(args), indent=1))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prepare, train, export, evaluate, write the card -> figures."""
     shape, target = SHAPES[args.shape], args.work / "checkpoint"
     report = prepare(args.data, args.held_out, args.work / "data", shape.vocab_size)
     model, figures = train(args.work, shape, minutes=args.minutes, steps=args.steps, resume=args.resume)
@@ -250,7 +260,7 @@ def main() -> None:
     shutil.copyfile(args.data / "storybooks_ccby_ATTRIBUTION.txt", target / "ATTRIBUTION.txt")
     nll = evaluate(target, args.held_out)
     (target / "README.md").write_text(model_card(target, report, figures | {"nll": nll}), encoding="utf-8")
-    print(json.dumps(figures | {"nll_nats_per_byte": nll, "checkpoint": str(target)}, indent=1))
+    return figures | {"nll_nats_per_byte": nll, "checkpoint": str(target)}
 
 
 if __name__ == "__main__":
