@@ -173,6 +173,16 @@ def test_a_conversation_is_rendered_as_the_requests_were_trained_on(work: Path, 
     assert template.encode([message, told, message]) == again
 
 
+def test_transformers_reads_the_folder_s_template_and_tokenizer_as_we_do(work: Path, trained: tuple, tmp_path: Path) -> None:
+    """A dummy prefix inside a template is where its releases and ours differ: the space in the template settles it."""
+    transformers = pytest.importorskip("transformers")
+    export(trained[0], recipe.hf_config(SHAPE), work / "data", tmp_path)
+    messages = [{"role": "user", "content": "Tom, in the park"}, {"role": "assistant", "content": "Tom ran.\nHe slept."},
+                {"role": "user", "content": "Mia"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
+    assert ChatTemplate.from_checkpoint(tmp_path, load_tokenizer(tmp_path)).encode(messages) == list(theirs["input_ids"])
+
+
 def test_the_package_imports_nothing_of_the_recipe() -> None:
     root = Path(recipe.__file__).parents[2]
     for file in [*root.glob("*.py"), *(f for d in ("cache", "engine", "model", "tokenizer", "weights") for f in (root / d).rglob("*.py"))]:

@@ -21,8 +21,9 @@ from weights.names import tensor_slots
 from weights.storyteller.prepare import ASSISTANT, USER
 
 EVAL_CHARACTERS, EVAL_CONTEXT = 150_000, 512        # of each held-out text; 512 tokens: all that the first checkpoint had
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '" + USER + "' + m['content'] }}"
-            "{% elif m['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+# The space stands for the dummy prefix that requests and stories were tokenized with; "legacy": false keeps a second one away.
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '" + USER + " ' + m['content'] }}"
+            "{% elif m['role'] == 'assistant' %}{{ '" + ASSISTANT + " ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
 SAMPLES = ("Once upon a time", "The little dragon was afraid of the dark.", "One day, Lily and Ben went to the sea.")
 CONVERSATIONS = ("Tell me a story about a fox named Rusty in the forest.", "The hero is Mia. It happens at the beach.")
@@ -40,8 +41,8 @@ def export(model: Transformer, config: dict[str, Any], data: Path, directory: Pa
     for name, content in {
             "config.json": config,
             "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "max_length": config["max_position_embeddings"]},
-            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **special,
-                                      "chat_template": TEMPLATE}}.items():
+            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False,
+                                      **special, "chat_template": TEMPLATE}}.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
