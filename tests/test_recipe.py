@@ -99,6 +99,19 @@ def test_windows_deal_each_piece_once_an_epoch(work: Path) -> None:
     assert {w.tobytes() for w in first} != {w.tobytes() for w in second}
 
 
+def test_a_long_run_reads_the_small_sources_less_and_ends_without_novels(work: Path) -> None:
+    def shares(step: int, progress: float) -> np.ndarray:
+        windows = prepare_module.Windows(work / "data")
+        windows.ids[1] = np.tile(windows.ids[1], 20)
+        recipe.deal(windows, step, progress, 2**20, torch.device("cpu"))
+        T = max(T for _, T in windows.drawn)
+        return np.array([windows.drawn.get((i, T), 0) for i in range(4)]) / (2**20 // T)
+    assert np.allclose(shares(0, 0.), recipe.CURRICULUM[0][1], atol=.05)
+    short, long = shares(0, .999), shares(10**6, .999)
+    assert short[0] < .01 and np.allclose(short, recipe.CURRICULUM[-1][1], atol=.1)
+    assert long[0] < .01 and long[1] > .5 > .3 > short[1], "where all are too small, sizes decide"
+
+
 def test_orthogonal_levels_the_singular_values_and_keeps_the_directions() -> None:
     x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0)) * 7
     for m in (x, x.mT):

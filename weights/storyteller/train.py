@@ -51,6 +51,7 @@ SHAPES = {"gpu": Shape(320, 640, 16, 8, 4, 4096, 65_536, .1, 6e-3, 3e-3), "cpu":
           "tiny": Shape(64, 96, 2, 2, 1, 400, 512, 0., 1e-2, 1e-2)}
 # Share of each source at a point of the run, straight lines between: ends on simple stories, children's books and requests for a story.
 CURRICULUM = ((0., (.70, .25, .05, .00)), (.4, (.50, .35, .12, .03)), (.7, (.15, .35, .35, .15)), (1., (.00, .20, .45, .35)))
+REPEATS = 16                                # a long run takes less of a source than this many readings, about: more teaches it by heart
 LENGTHS = ((0., 512), (.8, 2048))           # tokens of a sequence from a point of the run on; the last is the model's context
 WARMUP, COOLDOWN = .02, .4                  # shares of the run; the rate is constant between (a trapezoid)
 EVALUATED = ("tinystories_valid", "alice", "time_machine")
@@ -59,7 +60,11 @@ EVALUATED = ("tinystories_valid", "alice", "time_machine")
 def deal(windows: Windows, step: int, progress: float, n_tokens: int, device: torch.device) -> Tensor:
     """-> ids [B, T + 1], the mixture and the length being those of this point of the run."""
     T = min([length for start, length in LENGTHS if progress >= start][-1], n_tokens)
-    shares = [np.interp(progress, [at for at, _ in CURRICULUM], [s[i] for _, s in CURRICULUM]) for i in range(len(SOURCES))]
+    total, shares = step * n_tokens / progress if progress else 0., []      # of the whole run, as far as this point tells
+    for i, ids in enumerate(windows.ids):
+        planned = total * sum((b - a) * (x[i] + y[i]) / 2 for (a, x), (b, y) in zip(CURRICULUM, CURRICULUM[1:], strict=False))
+        share = np.interp(progress, [at for at, _ in CURRICULUM], [s[i] for _, s in CURRICULUM])
+        shares.append(share * min(1., REPEATS * len(ids) / max(planned, 1.)))
     chosen = np.random.default_rng((7, step)).choice(len(SOURCES), n_tokens // T, p=np.array(shares) / sum(shares))
     return torch.from_numpy(np.stack([windows.next(int(source), T) for source in chosen])).to(device)
 
