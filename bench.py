@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--new-tokens", metavar="N", type=int, help="new tokens of a row (default: 338), with --trace the most")
     add("--trace", metavar="FILE", help="CSV of real lengths (ContextTokens, GeneratedTokens); rows that finish take the next request")
     add("--requests", metavar="N", type=int, help="how many requests of the trace, from its start (default: 64)")
-    add("--peer", choices=("transformers",), help="the caches of another library on the same weights, in the same run")
+    add("--peer", metavar=("NAME", "DIR"), nargs="+", action="append",
+        help="another engine on the same weights, in the same run: transformers, or gpt-fast DIR (a checkout); may be given twice")
     add("--card-only", action="store_true", help="print the static card; nothing is measured or allocated")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step (default: on a GPU)")
     sub = subject("tasks", "tasks of lm-evaluation-harness, or of your own, answered with each cache")

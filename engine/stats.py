@@ -3,6 +3,7 @@ import resource
 import statistics
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +69,14 @@ def figures(engine: "Engine", stats: Stats) -> dict[str, float | int | str | boo
             "cache": str(engine.cache_config), "attend_form": cache.groups[-1].form, "compile": engine.compile,
             "device": str(engine.device),
             "dtype": str(engine.dtype).removeprefix("torch.")}
+
+
+def resident_bytes(device: torch.device) -> int:
+    """What is held now: CUDA: bytes of tensors; CPU: the resident set (off Linux its largest so far)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_bytes(device)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -94,6 +94,18 @@ def test_no_hidden_copy_of_a_cache_buffer(compiled: Compiled) -> None:
     assert operators <= {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "sort", "cumsum"}
 
 
+def test_one_row_passes_each_weight_once_and_says_what_eager_says() -> None:
+    """Guards: the library's slow product of one row, an input computed anew for every output, and other tokens because of it."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler on CPU")
+    from torch._inductor.utils import run_and_get_code
+    e = Engine(model(9), max_seq_len=CAPACITY, cache=CacheConfig(attend_form="reference"), compile=True)
+    steps, code = run_and_get_code(lambda: list(e.generate(PROMPTS[1:2], PARAMS[0])))
+    assert [token for step in steps for _, token in step.tokens] == alone(PROMPTS[1], PARAMS[0], 9)
+    assert len(code) == 1 and not re.findall(r"extern_kernels\.\w*mm", code[0])
+    torch._dynamo.reset()
+
+
 def largest_loop_nest(code: str) -> int:
     """The most iterations of any nest of C++ loops, nesting read off the indentation."""
     largest, nest = 0, []

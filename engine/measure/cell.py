@@ -6,7 +6,9 @@ limit of another, and because running out of memory then ends one cell alone. Wa
 """
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,13 +21,15 @@ import torch
 from cache import CacheConfig
 from engine.engine import Engine
 from engine.measure.card import measure_rates
+from engine.measure.gpt_fast import GptFast
 from engine.measure.peers import Peer
 from engine.sampling import SamplingParams
-from engine.stats import Stats, Step, peak_bytes
+from engine.stats import Stats, Step, peak_bytes, resident_bytes
 from model.config import named_config
 from weights import available_bytes, load_model, random_model
 
 WARM_UP_TOKENS = 8          # CUDA graphs: one step compiles, one records, the next ones replay
+WARM_UP_PROMPT = 1024       # on a CPU a prompt of any length runs the same code, and a long one takes minutes
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Cell:
     model: str | None = None                # a named shape with random weights,
     layers: int | None = None               # cut to so many layers
     cache: str = "full"
-    peer: str | None = None                 # a cache class of transformers instead of `cache`
+    peer: str | None = None                 # a cache class of transformers, or gpt-fast, instead of `cache`
+    peer_dir: str | None = None             # gpt-fast's checkout
     batch: int = 1
     capacity: int = 1
     lengths: Sequence[tuple[int, int]] = () # empty: measure the machine's rates instead
@@ -50,13 +55,19 @@ class Cell:
 def measure_apart(cell: Cell) -> dict:
     """The figures of `cell`, or {"error": one line}. KeyboardInterrupt ends the child, too."""
     root = Path(__file__).resolve().parents[2]
-    # a session of its own: Ctrl-C reaches this process alone, which then ends the child
-    done = subprocess.run([sys.executable, "-m", "engine.measure.cell"], input=json.dumps(asdict(cell)), stdout=subprocess.PIPE,
-                          text=True, cwd=root, start_new_session=True)
-    if done.returncode:
-        why = " (killed: out of memory?)" if done.returncode == -9 else ""
-        return {"error": f"the measuring process ended with status {done.returncode}{why}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    # a session of its own: Ctrl-C reaches this process alone, which then ends the child and the child's children
+    child = subprocess.Popen([sys.executable, "-m", "engine.measure.cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             cwd=root, start_new_session=True)
+    try:
+        answer, _ = child.communicate(json.dumps(asdict(cell)))
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if child.returncode:
+        why = " (killed: out of memory?)" if child.returncode == -9 else ""
+        return {"error": f"the measuring process ended with status {child.returncode}{why}"}
+    return json.loads(answer.splitlines()[-1])
 
 
 def main() -> int:
@@ -86,24 +97,46 @@ def measure(cell: Cell) -> dict:
         model = random_model(replace(config, n_layer=cell.layers or config.n_layer), device=device, dtype=dtype)
     else:
         model = load_model(cell.checkpoint, device=device, dtype=dtype)
-    if cell.peer:
+    config, before = model.config, resident_bytes(device)
+    if cell.peer == "gpt-fast":
+        runner = GptFast(model, cell.peer_dir, capacity=cell.capacity, compile=cell.compile)
+    elif cell.peer:
         runner = Peer(model, cell.peer, checkpoint=cell.checkpoint, capacity=cell.capacity, compile=cell.compile)
     else:
         runner = Engine(model, max_batch_size=cell.batch, max_seq_len=cell.capacity, cache=CacheConfig.parse(cell.cache),
                         compile=cell.compile)
-    prompts = random_prompts(model.config.vocab_size, [p for p, _ in cell.lengths])
+    del model       # a peer of another process needs its room
+    prompts = random_prompts(config.vocab_size, [p for p, _ in cell.lengths])
     params, brief = ([SamplingParams(max_new_tokens=min(n, most)) for _, n in cell.lengths] for most in (cell.capacity, WARM_UP_TOKENS))
     # 2. once to warm up, once to measure
-    for _ in runner.generate(prompts[:cell.batch], brief[:cell.batch]):
+    shown = Progress(sum(p + n for p, n in cell.lengths))
+    short = prompts[:cell.batch] if device.type == "cuda" else [p[:WARM_UP_PROMPT] for p in prompts[:cell.batch]]
+    for _ in runner.generate(short, brief[:cell.batch]):
         pass
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    result = figures(runner.generate(prompts, params))
+    result = figures(shown.watch(runner.generate(prompts, params)))
     wall_s = time.perf_counter() - begin
     allocated = runner.kv_bytes() if cell.peer else sum(runner.cache.nbytes().values())
-    return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "kv_bytes_allocated": allocated,
-                     "peak_bytes": peak_bytes(device)}
+    peak = runner.peak_bytes() if cell.peer == "gpt-fast" else peak_bytes(device)
+    return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "kv_bytes_allocated": allocated, "peak_bytes": peak,
+                     "peak_above_weights_bytes": None if cell.peer == "gpt-fast" else max(0, peak - before)}
+
+
+class Progress:
+    """A line on stderr for cells that take long: on a terminal every second in place, elsewhere every 30 s."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.shown, self.terminal = total, 0, time.monotonic(), sys.stderr.isatty()
+
+    def watch(self, steps: Iterator[Step]) -> Iterator[Step]:
+        for step in steps:
+            self.done += step.n_fed
+            if time.monotonic() - self.shown > (1 if self.terminal else 30):
+                self.shown = time.monotonic()
+                print(f"  {self.done:,} of {self.total:,} tokens", file=sys.stderr, end="\r" if self.terminal else "\n", flush=True)
+            yield step
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:

@@ -1,4 +1,6 @@
-"""The caches of Hugging Face transformers on our weights: the same parameters (shared, not copied), prompts, dtype, and process layout.
+"""Other engines on our weights: which can run here, and the caches of Hugging Face transformers (gpt-fast: gpt_fast.py).
+
+A transformers peer shares the parameters themselves; prompts, dtype, threads and process layout are those of our own cells.
 
 Contract: `Peer.generate` yields the engine's Steps for greedy decoding of a batch of prompts of one length, each step synchronised.
 StaticCache decodes compiled where our engine does, as its documentation shows; the others grow as they decode and run eagerly.
@@ -10,16 +12,45 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from engine.measure.gpt_fast import check_checkout, why_not
 from engine.sampling import SamplingParams
 from engine.stats import Step
 from model import ModelConfig, Transformer
 from weights.names import tensor_slots
 
+PEERS = {"transformers": 0, "gpt-fast": 1}              # name -> words after it
+COMPILED = ("StaticCache", "gpt-fast")                  # the peers whose own documentation compiles the step
+Peered = tuple[str, str | None]                         # a cache class of transformers or "gpt-fast", and its folder
 QUANTIZERS = {"quanto": "optimum", "hqq": "hqq"}        # QuantizedCache backend -> package
 
 
-def available_peers() -> tuple[list[str], list[str]]:
-    """Cache classes that can run here, and a line for each that cannot. ValueError without transformers."""
+def read_peers(given: Sequence[Sequence[str]], config: ModelConfig, capacity: int,
+               batches: Sequence[int]) -> tuple[list[Peered], list[str]]:
+    """--peer as given, [["transformers"], ["gpt-fast", DIR]] -> what can run here, and a line for each that cannot."""
+    peers: list[Peered] = []
+    notes: list[str] = []
+    for name, *rest in given:
+        if name not in PEERS:
+            raise ValueError(f"--peer {name!r} is not known; give transformers, or gpt-fast DIR")
+        if len(rest) != PEERS[name]:
+            raise ValueError(f"--peer {' '.join([name, *rest])}: {name} takes {PEERS[name]} words more, got {len(rest)}; "
+                             "write --peer transformers, --peer gpt-fast DIR, or both")
+        if name == "transformers":
+            kinds, missing = available_caches()
+            peers += [(kind, None) for kind in kinds]
+            notes += missing
+            continue
+        check_checkout(rest[0])
+        why = why_not(config, capacity) or (None if 1 in batches else "it decodes one row here, and 1 is not among --batch-sizes")
+        if why:
+            notes.append(f"gpt-fast is left out: {why}")
+        else:
+            peers.append((name, rest[0]))
+    return peers, notes
+
+
+def available_caches() -> tuple[list[str], list[str]]:
+    """Cache classes of transformers that can run here, and a line for each that cannot. ValueError without transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("--peer transformers needs the library, which is not installed; pip install transformers, or leave --peer out")
     if quantizer() is None:

@@ -17,7 +17,7 @@ from cache import CacheConfig
 from cache.codec import rotation_matrix
 from engine.measure.card import ceiling_tokens_per_s, kv_bytes, make_card, step_cost
 from engine.measure.cell import Cell, measure_apart
-from engine.measure.peers import available_peers
+from engine.measure.peers import COMPILED, read_peers
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from generate import device_and_dtype, settle_cpu
 from model import ModelConfig
@@ -35,7 +35,8 @@ SPEED = {"cache": ("cache", ""), "batch": ("rows", ","), "ttft_s": ("TTFT s", ".
          "median_step_s": ("step s", ".4f"), "p95_step_s": ("p95", ".4f"), "decode_tokens_per_s": ("decode tok/s", ",.1f"),
          "tokens_per_s": ("with prefill", ",.1f"), "achieved_gb_per_s": ("GB/s", ",.2f"), "share_of_ceiling": ("of ceiling", ".0%")}
 MEMORY = {"cache": ("cache", ""), "batch": ("rows", ","), "kv_bytes": ("KV bytes (formula)", ","),
-          "kv_bytes_allocated": ("KV bytes (allocated)", ","), "peak_bytes": ("peak bytes", ",")}
+          "kv_bytes_allocated": ("KV bytes (allocated)", ","), "peak_bytes": ("peak bytes", ","),
+          "peak_above_weights_bytes": ("peak above weights", ",")}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     load = read_load(args, config)
     if args.peer and load.queued:
         raise ValueError("--peer runs prompts of one length; leave out --trace or --peer")
-    peers, notes = available_peers() if args.peer and not args.card_only else ([], [])
+    peers, notes = read_peers(args.peer or [], config, load.capacity, batches)
     base = Cell(device=str(device), dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads(), checkpoint=checkpoint,
                 model=args.model, layers=args.layers, capacity=load.capacity,
                 compile=device.type == "cuda" if args.compile is None else args.compile, memory_limit=limit)
@@ -106,19 +107,19 @@ def run(args: argparse.Namespace) -> int:
     # 3. the measurements: caches and peers alternate within a batch size
     for note in notes:
         print(note)
-    kinds = [replace(base, cache=spec) for spec in specs] + [replace(base, peer=peer) for peer in peers]
+    kinds = [replace(base, cache=spec) for spec in specs] + [replace(base, peer=peer, peer_dir=folder) for peer, folder in peers]
     fits = {card["cache"]: card["rows_that_fit"] for card in cards}
     if limit and peers and "full" not in fits:
         fits["full"] = make_card(config, "full", batches=[1], memory=memory, **shape)["rows_that_fit"]
     rows = payload["rows"]
+    todo = [(kind, fits[kind.cache] if batch is None else batch) for batch in batches or [None] for kind in kinds
+            if kind.peer != "gpt-fast" or batch == 1]
     try:
-        for batch in batches or [None]:
-            for kind in kinds:
-                size = fits[kind.cache] if batch is None else batch
-                cell = replace(kind, batch=size, lengths=load.requests(size))
-                progress(f"{len(rows) + 1} of {len(batches or [1]) * len(kinds)}: {name_of(cell)}, batch {size}")
-                cell, figures = measure_apart_or_fewer(cell, load) if limit else (cell, measure_apart(cell))
-                rows.append(row_of(cell, figures, config, load, rates))
+        for kind, size in todo:
+            cell = replace(kind, batch=size, lengths=load.requests(size))
+            progress(f"{len(rows) + 1} of {len(todo)}: {name_of(cell)}, batch {size}")
+            cell, figures = measure_apart_or_fewer(cell, load) if limit else (cell, measure_apart(cell))
+            rows.append(row_of(cell, figures, config, load, rates))
     except KeyboardInterrupt:
         payload["interrupted"] = True
     # 4. the report
@@ -202,8 +203,9 @@ def read_trace(path: str, n: int) -> list[tuple[int, int]]:
 
 
 def name_of(cell: Cell) -> str:
-    compiled = cell.compile and cell.peer == "StaticCache"
-    return f"transformers {cell.peer}" + ", compiled" * compiled if cell.peer else cell.cache
+    if cell.peer is None:
+        return cell.cache
+    return "transformers " * (cell.peer != "gpt-fast") + cell.peer + ", compiled" * (cell.compile and cell.peer in COMPILED)
 
 
 def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
@@ -224,7 +226,7 @@ def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
 
 def row_of(cell: Cell, figures: dict, config: ModelConfig, load: Load, rates: dict[str, float]) -> dict:
     """A row of the result: what was measured, and what the formulas say of it."""
-    row = {"cache": name_of(cell), "batch": cell.batch, "compile": cell.compile and cell.peer in (None, "StaticCache")} | figures
+    row = {"cache": name_of(cell), "batch": cell.batch, "compile": cell.compile and cell.peer in (None, *COMPILED)} | figures
     if "error" in figures:
         return row
     cache, shape = CacheConfig.parse(cell.cache), dict(capacity=load.capacity, dtype=getattr(torch, cell.dtype))
