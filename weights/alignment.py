@@ -166,7 +166,7 @@ def _why_not(groups: tuple | None, kind: str | None, tensors: Mapping[str, Tenso
             return f"map {name!r} is not orthogonal (it stretches by up to {stretch.max():.4g}), as its header says"
         stretch = max(stretch.unbind(0), key=lambda s: s.max() / s.min())
         if not stretch.max() <= MAX_CONDITION * stretch.min():
-            return f"map {name!r} has a condition number of {stretch.max() / stretch.min():.3g}, above {MAX_CONDITION:g} rounding would show"
+            return f"map {name!r} has a condition number of {stretch.max() / stretch.min():.3g}, above {MAX_CONDITION:g} rounding shows"
     return None
 
 

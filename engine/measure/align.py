@@ -324,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     write_alignment(args.out, alignment, kind=args.map)
     # 3. the report
     print(f"{Path(args.text).name}: {args.context * args.windows:,} tokens in {args.windows} windows; {checkpoint.name}, {device}; "
-          f"{args.map} maps\nloss: squared error of the attention's output, relative to the output, mean of the layers, on windows that were not fitted\n")
+          f"{args.map} maps\nloss: squared error of the attention's output, relative to it, mean of the layers, on windows not fitted\n")
     print_table(rows, COLUMNS)
     change = folding_loss(model, alignment, CacheConfig.parse(spec), windows[-2:])
     print(f"\nfull attention, folded: a logit changes by {change['largest_logit_change']:.1e} at most; rounded to bf16, KL "
