@@ -63,7 +63,7 @@ void narrow(const float* x, Type type, int D, char* row) {
 }
 
 struct Writer {
-    const Args& a;
+    const Args& args;
     const Type type;
     const int D, P;             // P: D rounded up to LANES, pads are zero
     const int64_t heads, row;   // row: bytes of an exact vector
@@ -72,79 +72,79 @@ struct Writer {
     std::vector<int32_t> code;
 
     explicit Writer(const Args& a)
-        : a(a), type((Type)a.dtype), D(a.D), P((a.D + LANES - 1) / LANES * LANES), heads(a.B * a.G), row(D * (type == F32 ? 4 : 2)),
+        : args(a), type((Type)a.dtype), D(a.D), P((a.D + LANES - 1) / LANES * LANES), heads(a.B * a.G), row(D * (type == F32 ? 4 : 2)),
           kinds{{a.k, a.k_direction, a.k_magnitude, a.k_retained, a.k_window, a.k_levels, a.k_bits, (bool)a.k_own},
                 {a.v, a.v_direction, a.v_magnitude, a.v_retained, a.v_window, a.v_levels, a.v_bits, (bool)a.v_own}},
           x(2 * P), direction(P), rotated(P), code(P) {}
 
     void run(int64_t head) {
-        const int64_t b = head / a.G, length = a.length[b], pos = length - a.W;
-        if (!a.n_new[b]) return;
+        const int64_t b = head / args.G, length = args.length[b], pos = length - args.W;
+        if (!args.n_new[b]) return;
         if (pos >= 0) {         // a token leaves the window
-            const int64_t to = std::min(pos, a.N - 1);
+            const int64_t to = std::min(pos, args.N - 1);
             float far = 0;
             int pairs = 0;
             for (const Kind& kind : kinds) store(kind, head, to, far, pairs);
-            if (a.R) retain(head, to, pairs ? far / pairs : 0, pairs);
+            if (args.R) retain(head, to, pairs ? far / pairs : 0, pairs);
         }
         for (const Kind& kind : kinds)
-            for (int64_t l = 0; l < a.n && a.W; l++) memcpy(slot(kind, l, head), fresh(kind, l, head), row);
+            for (int64_t l = 0; l < args.n && args.W; l++) memcpy(slot(kind, l, head), fresh(kind, l, head), row);
     }
 
     const char* fresh(const Kind& kind, int64_t l, int64_t head) const { return kind.fresh + (l * heads + head) * row; }
     char* slot(const Kind& kind, int64_t l, int64_t head) const {
-        return kind.window + ((l * heads + head) * a.W + a.length[head / a.G] % a.W) * row;
+        return kind.window + ((l * heads + head) * args.W + args.length[head / args.G] % args.W) * row;
     }
-    const char* leaving(const Kind& kind, int64_t l, int64_t head) const { return a.W ? slot(kind, l, head) : fresh(kind, l, head); }
+    const char* leaving(const Kind& kind, int64_t l, int64_t head) const { return args.W ? slot(kind, l, head) : fresh(kind, l, head); }
 
     void store(const Kind& kind, int64_t head, int64_t to, float& far, int& pairs) {
-        for (int64_t l = 0; l < a.n; l++) widen(leaving(kind, l, head), type, D, P, &x[l * P]);
+        for (int64_t l = 0; l < args.n; l++) widen(leaving(kind, l, head), type, D, P, &x[l * P]);
         const float *x0 = &x[0], *x1 = &x[P];
-        if (kind.own || a.n == 1) {
-            for (int64_t l = 0; l < a.n; l++) {
+        if (kind.own || args.n == 1) {
+            for (int64_t l = 0; l < args.n; l++) {
                 const double norm = std::sqrt(inner(&x[l * P], &x[l * P], P));
                 combine(&x[l * P], 1 / std::max(norm, 1e-20), &x[l * P], 0);
                 magnitude(kind, l, head, to, norm / put(kind, l, head, to));
             }
             return;
         }
-        const double squares[2] = {inner(x0, x0, P), inner(x1, x1, P)}, c = inner(x0, x1, P), angle = angle_between(squares[0], squares[1], c);
+        const double a = inner(x0, x0, P), b = inner(x1, x1, P), c = inner(x0, x1, P), angle = angle_between(a, b, c);
         far += (float)angle / (float)M_PI, pairs++;
-        double w[2];
-        weigh(squares[0], squares[1], c, angle, w);
+        float w[2];                 // fp32, so that products are exact in fp64 and opposed layers of one length cancel to zero
+        weigh(a, b, c, angle, w);
         combine(x0, w[0], x1, w[1]);
         const double by = 1 / std::max(std::sqrt(inner(&direction[0], &direction[0], P)), 1e-20);
         for (float& d : direction) d *= by;
+        const double along[2] = {inner(x0, &direction[0], P), inner(x1, &direction[0], P)}, norm[2] = {std::sqrt(a), std::sqrt(b)};
         const double length = put(kind, 0, head, to);
-        for (int l = 0; l < 2; l++)
-            magnitude(kind, l, head, to, (a.projection ? inner(&x[l * P], &direction[0], P) : std::sqrt(squares[l])) / length);
+        for (int l = 0; l < 2; l++) magnitude(kind, l, head, to, (args.projection ? along[l] : norm[l]) / length);
     }
 
     // The weights of x0 and x1 by rule, unnormalised.
-    void weigh(double a, double b, double c, double angle, double* w) const {
-        const double norm0 = std::sqrt(a), norm1 = std::sqrt(b), t = this->a.t;
-        if (this->a.rule == SLERP) {
+    void weigh(double a, double b, double c, double angle, float* w) const {
+        const double norm0 = std::sqrt(a), norm1 = std::sqrt(b), t = args.t;
+        if (args.rule == SLERP) {
             const double sine = std::sin(angle);
             const bool safe = sine > 1e-6;
             w[0] = (safe ? std::sin((1 - t) * angle) / sine : 1 - t) / std::max(norm0, 1e-20);
             w[1] = (safe ? std::sin(t * angle) / sine : t) / std::max(norm1, 1e-20);
-        } else if (this->a.rule == MEAN) w[0] = w[1] = 0.5;
-        else if (this->a.rule == MAX_NORM) w[0] = norm0 >= norm1, w[1] = 1 - w[0];
-        else if (!this->a.projection) w[0] = norm0, w[1] = norm1;
+        } else if (args.rule == MEAN) w[0] = w[1] = 0.5;
+        else if (args.rule == MAX_NORM) w[0] = norm0 >= norm1, w[1] = 1 - w[0];
+        else if (!args.projection) w[0] = norm0, w[1] = norm1;
         else {
             const double half = 0.5 * std::atan2(2 * c, a - b);
             w[0] = std::cos(half), w[1] = std::sin(half);
         }
     }
 
-    void combine(const float* x, double by_x, const float* y, double by_y) {    // in fp64: weights and lengths may be far apart
+    void combine(const float* x, double by_x, const float* y, double by_y) {
         for (int i = 0; i < P; i++) direction[i] = by_x * x[i] + by_y * y[i];
     }
 
     // The direction into column `to`, as it is or as codes. Returns the length that it decodes to, 1 if as it is.
     double put(const Kind& kind, int64_t m, int64_t head, int64_t to) {
         const int64_t size = kind.bits == 16 ? row : D * kind.bits / 8;
-        char* out = kind.direction + ((m * heads + head) * a.N + to) * size;
+        char* out = kind.direction + ((m * heads + head) * args.N + to) * size;
         if (kind.bits == 16) {
             narrow(&direction[0], type, D, out);
             return 1;
@@ -176,7 +176,7 @@ struct Writer {
             vf acc[STRIP] = {};
             const int some = std::min(STRIP, (D - j) / LANES);
             for (int i = 0; i < D; i++) {
-                const float* from = a.rotation + (int64_t)i * D + j;
+                const float* from = args.rotation + (int64_t)i * D + j;
                 const vf d = all(direction[i]);
                 if (some == STRIP) for (int s = 0; s < STRIP; s++) acc[s] += d * load(from + s * LANES);
                 else for (int s = 0; s < some; s++) acc[s] += d * load(from + s * LANES);
@@ -186,40 +186,40 @@ struct Writer {
     }
 
     void magnitude(const Kind& kind, int64_t l, int64_t head, int64_t to, float x) const {
-        const int64_t at = (l * heads + head) * a.N + to;
-        if (!a.half_magnitude) ((float*)kind.magnitude)[at] = std::clamp(x, -3.4028235e38f, 3.4028235e38f);
+        const int64_t at = (l * heads + head) * args.N + to;
+        if (!args.half_magnitude) ((float*)kind.magnitude)[at] = std::clamp(x, -3.4028235e38f, 3.4028235e38f);
         else ((uint16_t*)kind.magnitude)[at] = to_half(std::clamp(x, -65504.f, 65504.f));
     }
 
     // The R largest scores so far: the token takes the worst slot if it is better; of equally bad ones the newest goes.
     void retain(int64_t head, int64_t to, float distance, bool scored) const {
-        float *kept = a.retained_score + head * a.R, *range = a.score_range + 2 * head, score = -INFINITY;
-        int32_t* at = a.retained_pos + head * a.R;
-        uint8_t* exact = a.exact + head * a.N;
-        const bool sink = to < a.sinks;
+        float *kept = args.retained_score + head * args.R, *range = args.score_range + 2 * head, score = -INFINITY;
+        int32_t* at = args.retained_pos + head * args.R;
+        uint8_t* exact = args.exact + head * args.N;
+        const bool sink = to < args.sinks;
         const float before = threshold(range, scored);
-        if (scored) score = a.retention == LITERAL ? -distance : distance;
+        if (scored) score = args.retention == LITERAL ? -distance : distance;
         if (scored && !sink) range[0] = std::min(range[0], score), range[1] = std::max(range[1], score);
         if (sink) score = 2;            // SINK in cache/split.py
         const float least = threshold(range, scored);
         int64_t worst = 0;
-        for (int64_t r = 1; r < a.R; r++)
+        for (int64_t r = 1; r < args.R; r++)
             if (kept[r] < kept[worst] || (kept[r] == kept[worst] && at[r] > at[worst])) worst = r;
         const float lost = std::min(score, kept[worst]);
         if (score > kept[worst]) {
             exact[at[worst]] = 0;
             kept[worst] = score, at[worst] = to, exact[to] = score > least;
             for (const Kind& kind : kinds)
-                for (int64_t l = 0; l < a.n; l++)
-                    memcpy(kind.retained + ((l * heads + head) * a.R + worst) * row, leaving(kind, l, head), row);
+                for (int64_t l = 0; l < args.n; l++)
+                    memcpy(kind.retained + ((l * heads + head) * args.R + worst) * row, leaving(kind, l, head), row);
         }
-        for (int64_t r = 0; r < a.R && least != before; r++) exact[at[r]] = kept[r] > least;
-        if (scored && a.retention != TOPK) a.overflow[head] += lost > least;
+        for (int64_t r = 0; r < args.R && least != before; r++) exact[at[r]] = kept[r] > least;
+        if (scored && args.retention != TOPK) args.overflow[head] += lost > least;
     }
 
     float threshold(const float* range, bool scored) const {        // SplitGroup.threshold bit for bit: no product is fused into the sum
-        if (!scored || a.retention == TOPK) return -INFINITY;
-        const float span = range[1] - range[0], step = (double)(float)a.gamma * span;
+        if (!scored || args.retention == TOPK) return -INFINITY;
+        const float span = range[1] - range[0], step = (double)(float)args.gamma * span;
         return range[1] >= range[0] ? std::min(range[1] - step, 1.f) : 1.f;
     }
 };
