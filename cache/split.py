@@ -14,8 +14,9 @@ from torch import Tensor
 from cache.base import KINDS, Columns, LayerGroup, column_blocks
 from cache.codec import Codec
 from cache.config import CacheConfig
-from cache.merge import distance, merge
+from cache.merge import RULES, distance, max_norm, mean, merge, optimal, slerp
 
+FAST_RULES = (slerp, mean, max_norm, optimal)       # what minicache::commit knows; a rule of your own runs as it is written
 SINK = 2.0          # above every distance: the first tokens are always kept
 KINDS.update({f"{x}_{kind}": kind for x in "kv" for kind in ("direction", "magnitude", "retained", "window")})
 KINDS.update(dict.fromkeys(("exact", "retained_pos", "retained_score", "score_range", "overflow", "rotation", "levels", "cuts"),
@@ -37,6 +38,10 @@ class SplitGroup(LayerGroup):
         self.codec = nn.ModuleDict({x: codecs[bits] for x, bits in (("k", config.k_bits), ("v", config.v_bits)) if bits < 16})
         self.layers, self.config, self.sliding_window = layers, config, sliding_window
         self.max_seq_len, self.W, self.R = max_seq_len, min(config.window, max_seq_len), config.retained_slots(len(layers), max_seq_len)
+        rule = RULES[config.merge]
+        self.rule = FAST_RULES.index(rule) if rule in FAST_RULES else None
+        # decode steps commit by the operator where it can: one layer, or two by one of our rules, each kv head by itself
+        self.commits_fast = len(layers) == 1 or len(layers) == 2 and config.granularity == "head" and self.rule is not None
         self.merged = {"k": config.merge_k and len(layers) > 1, "v": config.merge_v and len(layers) > 1}
         n, B, G, D, N, R = len(layers), batch, n_kv_head, head_dim, max(max_seq_len - self.W, 1), self.R
         small = torch.float32 if dtype == torch.float32 else torch.float16
@@ -107,9 +112,9 @@ class SplitGroup(LayerGroup):
 
     def threshold(self, score_range: Tensor) -> Tensor:
         """Scores above it are retained. score_range [..., 2] -> [...]. The paper's text: d > d_max - gamma (d_max - d_min)."""
-        least, most = score_range.unbind(-1)
         if self.config.retention == "topk" or len(self.layers) == 1:
-            return torch.full_like(most, float("-inf"))
+            return score_range.new_full(score_range.shape[:-1], float("-inf"))
+        least, most = score_range.unbind(-1)
         return torch.where(most >= least, most - self.config.gamma * (most - least), float("inf")).clamp_max(1.0)
 
     def report(self) -> dict[str, int]:
@@ -155,6 +160,8 @@ class SplitGroup(LayerGroup):
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
+        if self.form == "cpp" and self.commits_fast and k.shape[3] == 1 and rows is None:
+            return self.commit_fast(k, v, length, n_new)
         T, W, last = k.shape[3], self.W, self.k_magnitude.shape[3] - 1
         B, G = self.retained_pos.shape[:2]
         b = (torch.arange(B, device=k.device) if rows is None else rows)[:, None, None]
@@ -191,6 +198,14 @@ class SplitGroup(LayerGroup):
         # 4. the ring takes the newest tokens
         if W:
             self.write_window(k, v, length, n_new, b, g)
+
+    def commit_fast(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor) -> None:
+        none, c = torch.empty(0, device=k.device), self.config
+        torch.ops.minicache.commit(
+            k, v, length, n_new, self.k_direction, self.v_direction, self.k_magnitude, self.v_magnitude, self.exact, self.k_retained,
+            self.v_retained, self.retained_pos, self.retained_score, self.score_range, self.overflow, self.k_window, self.v_window,
+            *[codec.rotation for codec in self.codec.values()][:1] or [none],
+            *(self.codec[x].levels if x in self.codec else none for x in "kv"), self.rule or 0, c.coef, c.t, c.retention, c.gamma, c.sinks)
 
     def split(self, x: Tensor, merged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [n, B', G, T, D] fp32 -> direction [m, B', G, T, D], magnitude [n, B', G, T], distance [B', G, T] (None where not merged)."""
