@@ -16,12 +16,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
 
-    def subject(name: str, help: str, caches: bool = True, model: bool = True, report: bool = True) -> argparse.ArgumentParser:
+    def subject(name: str, help: str, caches: bool = True, model: bool = True, report: bool = True,
+                alignment: bool = True) -> argparse.ArgumentParser:
         sub = subjects.add_parser(name, help=help, description=help, allow_abbrev=False)
         if model:
             add_model_options(sub)
         if caches:
             sub.add_argument("--cache", metavar="SPEC", nargs="+", action="extend", help="caches to measure, written as for generate.py")
+        if alignment:
+            add_alignment_option(sub)
         if report:
             sub.add_argument("--out", metavar="FILE", help="write one JSON object")
             sub.add_argument("--plot", metavar="FILE", help="write a PNG (needs matplotlib)")
@@ -50,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
     add("--context", metavar="N", type=int, default=512, help="tokens of a window (default: 512)")
     add("--windows", metavar="K", type=int, default=8, help="windows, spread evenly over the text (default: 8)")
-    add_alignment_option(sub)
-    sub = subject("align", "coordinates in which merging loses least, folded into the weights by --alignment", caches=False, report=False)
+    sub = subject("align", "coordinates in which merging loses least, folded into the weights by --alignment", caches=False,
+                  report=False, alignment=False)
     add = sub.add_argument
     add("--text", metavar="FILE", required=True, help="UTF-8 text to calibrate on, not one that is measured on afterwards")
     add("--out", metavar="FILE", required=True, help="the alignment, a .safetensors file")
@@ -62,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", metavar="N", type=int, default=448, help="tokens of a window (default: 448)")
     add("--windows", metavar="K", type=int, default=24, help="windows, spread evenly over the text (default: 24)")
     add("--steps", metavar="N", type=int, default=150, help="of the fit, for each group's K and V; 0: the closed form (default: 150)")
-    sub = subject("throughput", "how many rows of a cache fit and how fast they run, next to what its bytes allow")
+    sub = subject("throughput", "how many rows of a cache fit and how fast they run, next to what its bytes allow", alignment=False)
     add = sub.add_argument
     add("--model", metavar="NAME", help="random weights in a named shape, e.g. llama-2-7b, instead of a checkpoint")
     add("--layers", metavar="N", type=int, help="with --model: only so many layers, for a shape that fits here")
@@ -85,7 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="B", type=int, default=8, help="requests that run together (default: 8)")
     add("--max-seq-len", metavar="S", type=int, help="capacity of a row; what is longer loses its beginning (default: 4096, at most the "
         "model's positions)")
-    sub = subject("attention", "how long one layer's attention takes for one new token per row, next to the bytes it reads", model=False)
+    sub = subject("attention", "how long one layer's attention takes for one new token per row, next to the bytes it reads",
+                  model=False, alignment=False)
     add = sub.add_argument
     add("--heads", metavar="H", type=int, required=True, help="query heads")
     add("--kv-heads", metavar="G", type=int, required=True, help="kv heads, a divisor of H")

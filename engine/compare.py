@@ -2,7 +2,7 @@
 
 Teacher-forced: after the prompt both read `targets`, whatever they would have said themselves, so every position compares like with like.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,20 @@ from torch import Tensor
 
 from cache import GroupPrefill, KVCache
 from engine.engine import Engine
+from weights.alignment import LayerMap
 
 
 @torch.inference_mode()
 def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *,
-                  chunk: bool = False, exact: KVCache | None = None) -> Iterator[Tensor]:
+                  chunk: bool = False, exact: KVCache | None = None,
+                  maps: Mapping[int, LayerMap] | None = None) -> Iterator[Tensor]:
     """Yields logits [B, V] for target 0, 1, ... of every row, fed token by token as in decoding; a row past its end repeats garbage.
 
     At most one prompt per engine row; B is max_batch_size, rows without a prompt last. After an empty prompt the first logits mean nothing.
     A row must hold len(prompt) + len(target) - 1 tokens.
     chunk: the targets pass at once, over the prompts as stored and over each other exactly; B is then len(prompts).
     exact: a full cache whose rows hold these prompts; they are stored from it, not computed again, and target 0, whose logits come
-    from the exact prompt whatever the cache, is left out.
+    from the exact prompt whatever the cache, is left out. maps: what the engine's model is aligned by, where `exact` is not.
     """
     idle = engine.max_batch_size - len(prompts)
     tensor = lambda x: torch.tensor(x, device=engine.device)        # noqa: E731
@@ -34,9 +36,13 @@ def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Seq
         x = engine.prefill(tensor([list(p) + [0] * (width - len(p)) for p in prompts]), torch.zeros_like(n_prompt), n_prompt, rows, past=0)
         yield engine.model.logits(x[rows, n_prompt - 1])
     else:
+        maps = maps or {}
         for group in engine.cache.groups:
-            prefill, lent = GroupPrefill(group, width, past=0), [exact.groups[layer] for layer in group.layers]
-            prefill.k, prefill.v = (torch.stack([getattr(x, name)[:len(prompts), :, :width] for x in lent]) for name in "kv")
+            prefill, lent = GroupPrefill(group, width, past=0), []
+            for layer in group.layers:
+                k, v = (getattr(exact.groups[layer], name)[:len(prompts), :, :width] for name in "kv")
+                lent.append(maps[layer].apply(k, v) if layer in maps else (k, v))
+            prefill.k, prefill.v = (torch.stack(x) for x in zip(*lent, strict=True))
             prefill.commit(torch.zeros_like(n_prompt), n_prompt, rows)
     if chunk and steps > 1:
         x = engine.prefill(fed[:, :-1], n_prompt, n_target - 1, rows, past=width)

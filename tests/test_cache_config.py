@@ -156,3 +156,24 @@ def test_a_merged_pair_stores_one_direction() -> None:
                                            "window": 2 * 2 * 4 * 8 * 2, "bookkeeping": 16 + 3 * (4 + 4) + 2 * 4 + 4}
     apart = CacheConfig("minicache", merge_from=0, merge_k=False, window=4, sinks=3, retain=0.1)
     assert cache_bytes(apart, **size)["direction"] == 3 * 16 * 8 * 2
+
+
+def test_pairs_by_name() -> None:
+    """Guards the layers that a SPEC names: groups in order of their first layer, the others alone, a SPEC that comes back."""
+    cache = CacheConfig.parse("minicache,pairs=4-7:5-6,bits=4")
+    assert cache.layer_groups(9) == [(0,), (1,), (2,), (3,), (4, 7), (5, 6), (8,)]
+    assert CacheConfig.parse(str(cache)) == cache and CacheConfig.parse("minicache,preset=paper,pairs=0-2").merge == "slerp"
+
+
+@pytest.mark.parametrize(("setting", "why"), [
+    ("pairs=4", "names no groups"), ("pairs=4-x", "names no groups"), ("pairs=7-4", "do not rise"), ("pairs=4-4", "do not rise"),
+    ("pairs=1-2,group=2", "pairs and group"), ("pairs=1-2,merge_from=0", "pairs and merge_from"), ("pairs=1-2-3,merge=slerp", "joins two")])
+def test_bad_pairs_are_refused(setting: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        CacheConfig.parse(f"minicache,{setting}")
+
+
+def test_pairs_beyond_the_model_are_refused() -> None:
+    for setting in ("1-9", "1-2:2-3"):
+        with pytest.raises(ValueError, match="layers 0 to 8 at most once"):
+            CacheConfig.parse(f"minicache,pairs={setting}").layer_groups(9)

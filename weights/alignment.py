@@ -35,6 +35,11 @@ class LayerMap:
     k: Tensor
     v: Tensor
 
+    def apply(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [B, G, T, D] of a layer that was not folded, as if it were."""
+        m = LayerMap(*(x.to(k.device) for x in (self.order, self.k, self.v)))
+        return change(k[:, m.order].float(), m.k).to(k.dtype), change(v[:, m.order].float(), m.v).to(v.dtype)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -44,19 +49,21 @@ class Alignment:
     layers: Mapping[int, LayerMap]
     source: str = "the alignment"
 
-    def wanted(self, cache: "CacheConfig", n_layer: int) -> list[tuple[int, ...]]:
-        """The groups that `cache` merges. ValueError where one of them is not among ours."""
+    def wanted(self, cache: "CacheConfig", n_layer: int) -> dict[int, LayerMap]:
+        """The maps for the layers that `cache` merges, for what it merges of them. ValueError where a group is not among ours."""
         merged = [group for group in cache.layer_groups(n_layer) if len(group) > 1]
         strange = [group for group in merged if group not in self.groups]
         if strange:
             ours = ", ".join("-".join(map(str, group)) for group in self.groups)
             raise ValueError(f"{self.source} aligns layers {ours}, the cache merges {'-'.join(map(str, strange[0]))}: make one for this "
                              "cache with bench.py align --cache SPEC, or use --alignment none")
-        return merged
+        maps = {layer: self.layers[layer] for group in merged for layer in group}
+        return {layer: LayerMap(m.order, m.k if cache.merge_k else torch.ones_like(m.k),
+                                m.v if cache.merge_v else torch.eye(m.v.shape[-1]).expand_as(m.v)) for layer, m in maps.items()}
 
 
-def fold(model: Transformer, maps: Mapping[int, LayerMap], *, k: bool = True, v: bool = True) -> None:
-    """Write the maps of K, of V or of both into the layers' wqkv and wo, in place: computed in fp64, rounded once to the weights' dtype."""
+def fold(model: Transformer, maps: Mapping[int, LayerMap]) -> None:
+    """Write maps into the layers' wqkv and wo, in place: computed in fp64, rounded once to the weights' dtype."""
     c = model.config
     H, G, D = c.n_head, c.n_kv_head, c.head_dim
     for layer, m in maps.items():
@@ -65,30 +72,33 @@ def fold(model: Transformer, maps: Mapping[int, LayerMap], *, k: bool = True, v:
         wq, wk, wv = attention.wqkv.weight.double().unflatten(0, (-1, D)).split((H, G, G))          # [heads, D, C]
         wq, wk, wv = wq.unflatten(0, (G, -1))[m.order], wk[m.order], wv[m.order]
         wo = attention.wo.weight.double().unflatten(1, (G, -1, D))[:, m.order]                      # [C, G, H / G, D]
-        if k:
-            wk, wq = turn(wk, m.k), turn(wq, 1 / m.k.conj()[:, None])
-        if v:
-            wv, wo = m.v @ wv, torch.einsum("cghd,gde->cghe", wo, torch.linalg.inv(m.v))
+        wk, wq = change(wk.mT, m.k).mT, change(wq.mT, 1 / m.k.conj()[:, None]).mT
+        wv, wo = m.v @ wv, torch.einsum("cghd,gde->cghe", wo, torch.linalg.inv(m.v))
         attention.wqkv.weight.copy_(torch.cat((wq.flatten(0, 1), wk, wv)).flatten(0, 1))
         attention.wo.weight.copy_(wo.flatten(1))
 
 
-def turn(x: Tensor, c: Tensor) -> Tensor:
-    """x [..., D, C] with coordinates (i, i + D / 2) as complex numbers, times c [..., D / 2]."""
-    a, b = x.chunk(2, -2)
-    re, im = c.real[..., None], c.imag[..., None]
-    return torch.cat((re * a - im * b, im * a + re * b), -2)
+def as_complex(x: Tensor) -> Tensor:
+    """Coordinates i and i + D / 2, which RoPE turns together, as one number: [..., D] -> [..., D / 2]."""
+    return torch.complex(*(part.contiguous() for part in x.chunk(2, -1)))
+
+
+def change(x: Tensor, maps: Tensor) -> Tensor:
+    """x [..., G, T, D] in the coordinates of maps: complex [..., G, D / 2], or real [..., G, D, D]."""
+    if not maps.is_complex():
+        return x @ maps.mT
+    y = as_complex(x) * maps[..., None, :]
+    return torch.cat((y.real, y.imag), -1)
 
 
 @contextmanager
-def aligned(model: Transformer, alignment: Alignment | None, cache: "CacheConfig") -> Iterator[None]:
-    """Inside, `model` is aligned for what `cache` merges; afterwards its weights are bit for bit what they were. None: nothing happens."""
-    groups = alignment.wanted(cache, model.config.n_layer) if alignment else []
-    layers = [layer for group in groups for layer in group]
-    kept = {p: p.clone() for layer in layers for p in model.layers[layer].attention.parameters()}
-    align(model, alignment, cache)
+def aligned(model: Transformer, alignment: Alignment | None, cache: "CacheConfig") -> Iterator[dict[int, LayerMap]]:
+    """Inside, `model` is aligned for what `cache` merges, by the maps given; afterwards its weights are bit for bit what they were."""
+    maps = alignment.wanted(cache, model.config.n_layer) if alignment else {}
+    kept = {p: p.clone() for layer in maps for p in model.layers[layer].attention.parameters()}
+    fold(model, maps)
     try:
-        yield
+        yield maps
     finally:
         for parameter, before in kept.items():
             parameter.copy_(before)
@@ -97,8 +107,7 @@ def aligned(model: Transformer, alignment: Alignment | None, cache: "CacheConfig
 def align(model: Transformer, alignment: Alignment | None, cache: "CacheConfig") -> None:
     """Fold what `cache` merges, for good. None: nothing happens. ValueError where its groups are not those of the alignment."""
     if alignment:
-        groups = alignment.wanted(cache, model.config.n_layer)
-        fold(model, {layer: alignment.layers[layer] for group in groups for layer in group}, k=cache.merge_k, v=cache.merge_v)
+        fold(model, alignment.wanted(cache, model.config.n_layer))
 
 
 def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, caches: Sequence["CacheConfig"] = ()) -> Alignment | None:

@@ -23,7 +23,7 @@ from engine.measure.windows import read_windows
 from generate import device_and_dtype, open_checkpoint
 from model import Rope, Transformer
 from weights import load_model
-from weights.alignment import MAX_CONDITION, Alignment, LayerMap, aligned, write_alignment
+from weights.alignment import MAX_CONDITION, Alignment, LayerMap, aligned, as_complex, change, write_alignment
 
 QUERIES, BATCH = 64, 4      # a step of the fit looks at the attention of so many positions in so many windows
 CODE_NOISE = .0095          # relative squared error of 4-bit codes (Lloyd-Max, normal law): no map may live on digits that codes drop
@@ -151,19 +151,6 @@ class Group:
             optimiser.step()
             schedule.step()
         return bounded(current().detach())
-
-
-def as_complex(x: Tensor) -> Tensor:
-    """Coordinates i and i + D / 2, which RoPE turns together, as one number: [..., D] -> [..., D / 2]."""
-    return torch.complex(*(part.contiguous() for part in x.chunk(2, -1)))
-
-
-def change(x: Tensor, maps: Tensor) -> Tensor:
-    """x [..., G, T, D] in the coordinates of maps: complex [..., G, D / 2], or real [..., G, D, D]."""
-    if not maps.is_complex():
-        return x @ maps.mT
-    y = as_complex(x) * maps[..., None, :]
-    return torch.cat((y.real, y.imag), -1)
 
 
 def stretch(maps: Tensor) -> Tensor:

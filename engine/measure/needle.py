@@ -19,13 +19,14 @@ from torch import Tensor
 from cache import CacheConfig
 from engine.compare import forced_logits
 from engine.engine import Engine
+from engine.measure.quality import merges
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.rivals import Rival, parse_cache
 from engine.measure.windows import read_windows
 from generate import device_and_dtype, open_checkpoint
 from model import Transformer
 from tokenizer import Tokenizer
-from weights import load_model
+from weights import Alignment, aligned, find_alignment, load_model
 
 DEFAULT_CACHES = ("quant,bits=4", "quant,bits=2", "minicache,merge_k=0", "minicache", "minicache,bits=4", "minicache,preset=paper")
 CUES = ("The name of the dog was", "The name of the king was", "The name of the boat was", "The secret word was",
@@ -69,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
     cases = {n: make_cases(args.text, tokenizer, length=n, depths=args.depths, needles=args.needles, seed=args.seed) for n in lengths}
     batch = min(args.batch_size, len(cases[lengths[0]]))
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, dtype=dtype or config.dtype)
+    alignments = {spec: find_alignment(args.alignment, checkpoint, config, [cache]) for spec, cache in caches.items() if merges(cache)}
     for cache in caches.values():       # a layout that cannot be is refused here
         cache.build(**shape, batch=1, max_seq_len=lengths[0] + longest, device="meta")
     # 2. the work
     model, interrupted, rows = load_model(checkpoint, device=device, dtype=dtype), False, []
     try:
         for length in lengths:
-            measured = measure(model, cases[length], caches, capacity=length + longest, batch=batch, depths=args.depths)
+            measured = measure(model, cases[length], caches, alignments, capacity=length + longest, batch=batch, depths=args.depths)
             rows += [{"length_tokens": length} | row for row in measured]
     except KeyboardInterrupt:
         interrupted = True
@@ -141,8 +143,8 @@ def sentence_ends(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 
 @torch.inference_mode()
-def measure(model: Transformer, cases: Sequence[Case], caches: dict[str, CacheConfig | Rival], *, capacity: int, batch: int,
-            depths: int) -> list[dict[str, Any]]:
+def measure(model: Transformer, cases: Sequence[Case], caches: dict[str, CacheConfig | Rival], alignments: dict[str, Alignment | None], *,
+            capacity: int, batch: int, depths: int) -> list[dict[str, Any]]:
     """A row of the table for each cache, `full` first, which lends its prompts to the others."""
     shape = 2, 1 + max(case.needle for case in cases), depths + 1       # NLL, found; the last column: without the needle
     figures = {spec: torch.full(shape, float("nan"), dtype=torch.float64) for spec in caches}
@@ -152,9 +154,10 @@ def measure(model: Transformer, cases: Sequence[Case], caches: dict[str, CacheCo
         some += [some[0]] * (batch - len(some))         # filled up: every batch has the bytes of a whole one
         for spec, cache in caches.items():
             progress(f"texts {start + 1} to {min(start + batch, len(cases))} of {len(cases)}, {len(some[0].text)} tokens: {spec}")
-            engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=cache, compile=False)
-            steps = forced_logits(engine, [c.text for c in some], [c.fed for c in some], exact=exact)
-            scored = torch.stack([x.log_softmax(-1).cpu() for x in islice(steps, exact is None, None)])     # from the cue's second token on
+            with aligned(model, alignments.get(spec), cache) as maps:
+                engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=cache, compile=False)
+                steps = forced_logits(engine, [c.text for c in some], [c.fed for c in some], exact=exact, maps=maps)
+                scored = torch.stack([x.log_softmax(-1).cpu() for x in islice(steps, exact is None, None)])     # from the cue on
             exact, bits[spec] = exact or engine.cache, engine.bits_per_element
             for row, case in enumerate(some):
                 p, want = scored[:len(case.fed) - 1][-case.n_answer:, row], torch.tensor(case.fed[-case.n_answer:])

@@ -24,7 +24,7 @@ from engine.measure.rivals import Rival, parse_cache
 from engine.measure.windows import read_windows
 from generate import device_and_dtype, open_checkpoint
 from model import Transformer
-from weights import load_model
+from weights import Alignment, aligned, find_alignment, load_model
 
 DEFAULT_CACHES = ("quant,bits=8", "quant,bits=4", "quant,bits=3", "quant,bits=2", "minicache", "minicache,bits=4", "minicache,bits=3",
                   "minicache,preset=paper", "rtn,bits=4", "kivi,bits=4", "kivi,bits=2", "kivi,bits=2,residual=32")
@@ -51,20 +51,25 @@ def run(args: argparse.Namespace) -> int:
     caches = {spec: parse_cache(spec) for spec in ("full", *(args.cache or DEFAULT_CACHES))}
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, max_seq_len=capacity,
                  batch=min(args.batch_size, args.windows), dtype=dtype or config.dtype, sliding_window=config.sliding_window)
-    results = {spec: Result(spec, cache, cache.build(**shape, device="meta").nbytes(), shape) for spec, cache in caches.items()}
+    results = []
+    for spec, cache in caches.items():
+        nbytes = cache.build(**shape, device="meta").nbytes()
+        results.append(Result(spec, cache, nbytes, shape))
+        if merges(cache) and (alignment := find_alignment(args.alignment, checkpoint, config, [cache])):
+            results.append(Result(spec, cache, nbytes, shape, alignment))
     windows = read_windows(args.text, tokenizer, n_tokens=capacity + 1, n_windows=args.windows)
     # 2. the work
     model, interrupted = load_model(checkpoint, device=device, dtype=dtype), False
     try:
-        for spec, first in measure(model, windows, list(results.values()), context=args.context, capacity=capacity, batch=shape["batch"],
+        for spec, first in measure(model, windows, results, context=args.context, capacity=capacity, batch=shape["batch"],
                                    chunk=args.scoring == "chunk"):
             progress(f"windows {first + 1} to {min(first + shape['batch'], args.windows)} of {args.windows}: {spec}")
     except KeyboardInterrupt:
         interrupted = True
         progress("interrupted: the table holds what was measured until here")
     # 3. the report
-    full = results["full"]
-    rows = sorted((r.as_json(full) for r in results.values() if r.losses), key=lambda row: -row["kv_bytes"])
+    full = results[0]
+    rows = sorted((r.as_json(full) for r in results if r.losses), key=lambda row: -row["kv_bytes"])
     settings = {"checkpoint": str(checkpoint), "text": args.text, "context_tokens": args.context, "continuation_tokens": args.continuation,
                 "windows": args.windows, "rows": shape["batch"], "capacity_tokens": capacity, "device": str(device),
                 "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "scoring": args.scoring}
@@ -84,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
 class Result:
     """One cache and what came of it so far. losses: [3, windows] for each batch, the rows of `token_losses`."""
 
-    def __init__(self, spec: str, cache: CacheConfig | Rival, nbytes: dict[str, int], shape: dict[str, Any]) -> None:
-        self.spec, self.cache, self.nbytes = spec, cache, nbytes
+    def __init__(self, spec: str, cache: CacheConfig | Rival, nbytes: dict[str, int], shape: dict[str, Any],
+                 alignment: Alignment | None = None) -> None:
+        self.spec, self.cache, self.nbytes, self.alignment = spec + (" (aligned)" if alignment else ""), cache, nbytes, alignment
         elements = 2 * math.prod(shape[name] for name in ("n_layer", "batch", "n_kv_head", "max_seq_len", "head_dim"))
         self.bits = sum(nbytes.values()) * 8 / elements
         self.losses: list[Tensor] = []
@@ -99,12 +105,17 @@ class Result:
         simulated = isinstance(self.cache, Rival)
         fill, overflow = (sum(x) / len(x) for x in zip(*self.retained, strict=True)) if self.retained else (None, None)
         return {"cache": self.spec + " (simulated)" * simulated, "cache_settings": str(self.cache), "simulated": simulated,
+                "alignment": self.alignment.source if self.alignment else None,
                 "kv_bytes": sum(self.nbytes.values()), "kv_bytes_by_kind": self.nbytes, "bits_per_element": self.bits,
                 "ratio_to_full": 16 / self.bits, "windows": n,
                 "nll_nats_per_token": nll.mean().item(), "nll_difference_nats_per_token": difference.mean().item(),
                 "nll_difference_interval_nats": 1.96 * difference.std().item() / n ** 0.5 if n > 1 else None,
                 "kl_nats_per_token": kl.mean().item(), "top1_agreement_share": top1.mean().item(), "retained_fill_share": fill,
                 "overflow_tokens": overflow, "nll_by_window": nll.tolist(), "kl_by_window": kl.tolist(), "top1_by_window": top1.tolist()}
+
+
+def merges(cache: CacheConfig | Rival) -> bool:
+    return isinstance(cache, CacheConfig) and cache.kind == "minicache"
 
 
 @torch.inference_mode()
@@ -119,12 +130,13 @@ def measure(model: Transformer, windows: Sequence[Sequence[int]], results: Seque
         exact: KVCache | None = None
         for result in results:
             yield result.spec, first
-            engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=result.cache, compile=False)
-            steps = forced_logits(engine, [w[:context] for w in rows], [w[context:] for w in rows], chunk=chunk, exact=exact)
-            scored = (x.log_softmax(-1) for x in islice(steps, exact is None, None))
-            if exact is None:
-                exact, full = engine.cache, (scored := list(scored))
-            total = sum(token_losses(p, q, want) for p, q, want in zip(full, scored, wanted, strict=True))
+            with aligned(model, result.alignment, result.cache) as maps:
+                engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=result.cache, compile=False)
+                steps = forced_logits(engine, [w[:context] for w in rows], [w[context:] for w in rows], chunk=chunk, exact=exact, maps=maps)
+                scored = (x.log_softmax(-1) for x in islice(steps, exact is None, None))
+                if exact is None:
+                    exact, full = engine.cache, (scored := list(scored))
+                total = sum(token_losses(p, q, want) for p, q, want in zip(full, scored, wanted, strict=True))
             result.losses.append(total[:, :n].cpu() / len(full))
             if (use := retained_use(engine.cache, n)) is not None:
                 result.retained.append(use)

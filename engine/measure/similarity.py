@@ -17,7 +17,8 @@ from engine.measure.report import check_outputs, machine, new_figure, print_tabl
 from engine.measure.windows import read_windows
 from generate import device_and_dtype, open_checkpoint
 from model import Rope, Transformer, apply_rope
-from weights import load_model
+from weights import find_alignment, load_model
+from weights.alignment import fold
 
 KINDS = {"k_before_rope": "K before RoPE", "k": "K after RoPE", "v": "V"}
 VIEWS = {"head": "per head", "head_centred": "per head, mean removed", "token": "per token", "token_centred": "per token, mean removed"}
@@ -38,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     if config.n_layer < 2:
         raise ValueError(f"{checkpoint} has {config.n_layer} layer, nothing to compare; choose a deeper model")
     windows = read_windows(args.text, tokenizer, n_tokens=args.context, n_windows=args.windows)
+    alignment = find_alignment(args.alignment, checkpoint, config)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    states = record(model, windows)
-    compared = {}
-    for kind, name in KINDS.items():
-        progress(f"comparing {config.n_layer} layers: {name}")
-        compared[kind] = compare_layers(states[kind])
+    compared = compare_kinds(record(model, windows))
+    if alignment:
+        fold(model, alignment.layers)
+        compared |= {f"{kind}_aligned": x for kind, x in compare_kinds(record(model, windows)).items() if kind != "k_before_rope"}
 
     settings = {"checkpoint": str(checkpoint), "text": args.text, "tokens": args.context * args.windows, "context_tokens": args.context,
                 "windows": args.windows, "device": str(device), "dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
@@ -51,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
           f"{settings['dtype']}\nCosine of one token's vectors at two layers: median over tokens (5th percentile); adjacent layers\n"
           "merge loses: share of a layer's energy that the best shared direction per head and token leaves out, mean of the two layers")
     columns = {"pair": ("layers", "")} | {view: (heading, "") for view, heading in VIEWS.items()} | {"lost": ("merge loses", ".1%")}
-    for kind, name in KINDS.items():
-        print(f"\n{name}")
+    for kind in compared:
+        print(f"\n{name_of(kind)}" + (f", the groups of {alignment.source}" if kind.endswith("aligned") else ""))
         rows = []
         for i in range(config.n_layer - 1):
+            if kind.endswith("aligned") and not any({i, i + 1} <= set(group) for group in alignment.groups):
+                continue
             cosines = {view: tuple(compared[kind][view][x][i][i + 1] for x in ("median", "p5")) for view in VIEWS}
             rows.append({"pair": f"{i}, {i + 1}", "lost": compared[kind]["merge_loss"][i][i + 1]} |
                         {view: f"{median:+.2f} ({p5:+.2f})" for view, (median, p5) in cosines.items()})
@@ -68,6 +71,19 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(compared, args.plot, title=f"{checkpoint.name} on {Path(args.text).name}")
     return 0
+
+
+def name_of(kind: str) -> str:
+    return KINDS.get(kind) or KINDS[kind.removesuffix("_aligned")] + ", aligned"
+
+
+def compare_kinds(states: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """`compare_layers` for each kind of state."""
+    compared = {}
+    for kind, x in states.items():
+        progress(f"comparing {len(x)} layers: {KINDS[kind]}")
+        compared[kind] = compare_layers(x)
+    return compared
 
 
 class RecordingLayer:
@@ -151,13 +167,13 @@ def verdict(name: str, pairs: Sequence[tuple[int, int]], compared: dict[str, Any
 
 
 def plot(compared: dict[str, Any], path: str, *, title: str) -> None:
-    """Median cosine of every pair of layers: a row for each view, a column for each kind."""
-    figure, axes = new_figure(len(VIEWS), len(KINDS), width=4, height=3.6)
+    """Median cosine of every pair of layers: a row for each view, a column for each kind, aligned ones last."""
+    figure, axes = new_figure(len(VIEWS), len(compared), width=4, height=3.6)
     figure.suptitle(f"Median cosine of one token's vectors at two layers: {title}")
     for row, (view, heading) in zip(axes, VIEWS.items(), strict=True):
-        for ax, (kind, name) in zip(row, KINDS.items(), strict=True):
+        for ax, kind in zip(row, compared, strict=True):
             image = ax.imshow(compared[kind][view]["median"], vmin=-1, vmax=1, cmap="RdBu_r")
-            ax.set(title=f"{name}, {heading}", xlabel="layer", ylabel="layer")
+            ax.set(title=f"{name_of(kind)}, {heading}", xlabel="layer", ylabel="layer")
             ax.title.set_fontsize(9)
     figure.colorbar(image, ax=axes, shrink=.5, label="cosine")
     save_figure(figure, path)

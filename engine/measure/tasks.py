@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.engine import Engine, check_sizes
 from engine.measure.answers import Answers
+from engine.measure.quality import merges
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.rivals import Rival, parse_cache
 from engine.sampling import SamplingParams
 from generate import device_and_dtype, open_checkpoint, settle_cpu
 from tokenizer import stop_ids
-from weights import load_model
+from weights import aligned, find_alignment, load_model
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, max_seq_len=capacity,
                  batch=args.batch_size, dtype=dtype, sliding_window=config.sliding_window)
     nbytes = {spec: sum(cache.build(**shape, device="meta").nbytes().values()) for spec, cache in caches.items()}
+    alignments = {spec: find_alignment(args.alignment, checkpoint, config, [cache]) for spec, cache in caches.items() if merges(cache)}
     tasks = load_tasks(args.tasks, args.include_path, num_fewshot=args.num_fewshot)
     from lm_eval import __version__, evaluate
     # 2. the work: one cache is alive at a time
@@ -52,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     elements = 2 * math.prod(shape[name] for name in ("n_layer", "batch", "n_kv_head", "max_seq_len", "head_dim"))
     try:
         for spec, cache in caches.items():
-            engine = Engine(model, max_batch_size=args.batch_size, max_seq_len=capacity, cache=cache,
-                            compile=False if isinstance(cache, Rival) else None)
-            say = lambda text, spec=spec: progress(f"{spec}: {text}")       # noqa: E731
-            answers = Answers(engine, tokenizer, stop_ids(checkpoint, tokenizer), progress=say)
-            results = evaluate(adapter(answers), tasks, limit=args.limit, log_samples=False)
+            with aligned(model, alignments.get(spec), cache):
+                engine = Engine(model, max_batch_size=args.batch_size, max_seq_len=capacity, cache=cache,
+                                compile=False if isinstance(cache, Rival) else None)
+                say = lambda text, spec=spec: progress(f"{spec}: {text}")       # noqa: E731
+                answers = Answers(engine, tokenizer, stop_ids(checkpoint, tokenizer), progress=say)
+                results = evaluate(adapter(answers), tasks, limit=args.limit, log_samples=False)
             if answers.shortened:
                 say(f"{answers.shortened} of {answers.requests} requests did not fit into {capacity} tokens and lost their beginning")
             rows.append({"cache": spec + " (simulated)" * isinstance(cache, Rival), "cache_settings": str(cache), "kv_bytes": nbytes[spec],

@@ -1,0 +1,269 @@
+"""Alignment: folding leaves the model as it is, the fit finds what is there, the files are held to what they say."""
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import bench
+from cache import CacheConfig
+from engine.compare import forced_logits
+from engine.engine import Engine
+from engine.measure.align import Group, States, fit, head_order
+from model import ModelConfig
+from weights import EMBEDDED, Alignment, align, aligned, find_alignment, load_model
+from weights.alignment import LayerMap, change, fold, read_alignment, write_alignment
+from weights.checkpoint import ALIGNMENT
+
+FAMILIES = ("llama", "llama-mha", "llama-wide-head", "llama3-tied", "mistral-window", "phi3-long", "mixtral")
+
+
+def random_maps(c: ModelConfig, layers: range, *, seed: int = 0, stretch: float = 2.0) -> dict[int, LayerMap]:
+    """Any order of heads, any phases, V's maps with stretches between 1 / stretch and stretch (1: orthogonal)."""
+    g = torch.Generator().manual_seed(seed)
+    G, D, maps = c.n_kv_head, c.head_dim, {}
+    for layer in layers:
+        u, _, v = torch.linalg.svd(torch.randn(G, D, D, generator=g))
+        s = stretch ** (2 * torch.rand(2, G, D, generator=g) - 1)
+        k = torch.polar(s[0, :, :D // 2].contiguous(), 6.3 * torch.rand(G, D // 2, generator=g))
+        maps[layer] = LayerMap(torch.randperm(G, generator=g), k, u * s[1, :, None] @ v)
+    return maps
+
+
+@torch.inference_mode()
+def full_logits(model: torch.nn.Module) -> torch.Tensor:
+    engine = Engine(model, max_batch_size=2, max_seq_len=40)
+    ids = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+    zero = torch.zeros(2, dtype=torch.long)
+    return model.logits(engine.prefill(ids, zero, zero + 40, torch.arange(2), past=0))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_leaves_the_logits(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards the change of coordinates: a query head left behind, a phase that RoPE does not commute with, an inverse on the wrong side."""
+    model = load_model(tiny_checkpoint(name), dtype=torch.float32)
+    before, weights = full_logits(model), model.layers[1].attention.wqkv.weight.clone()
+    fold(model, random_maps(model.config, range(model.config.n_layer)))
+    assert (full_logits(model) - before).abs().max() < 1e-4
+    assert (model.layers[1].attention.wqkv.weight - weights).abs().max() > .1
+
+
+def test_bf16_folding_stays_in_its_noise(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards the rounding: folded in fp64 and rounded once, a bf16 model moves no further from fp32 than bf16 itself, within a factor."""
+    exact = full_logits(load_model(tiny_checkpoint("llama"), dtype=torch.float32))
+    model = load_model(tiny_checkpoint("llama"), dtype=torch.bfloat16)
+    noise = (full_logits(model) - exact).square().mean().sqrt()
+    fold(model, random_maps(model.config, range(3)))
+    assert (full_logits(model) - exact).square().mean().sqrt() < 3 * noise
+
+
+def test_only_what_is_merged_is_folded_and_all_comes_back(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards layers that a cache stores one by one, K where only V is merged, and the weights after `aligned`: bit for bit."""
+    model = load_model(tiny_checkpoint("llama"), dtype=torch.float32)
+    c = model.config
+    H, G, D = c.n_head, c.n_kv_head, c.head_dim
+    maps = {i: replace(m, order=torch.arange(G)) for i, m in random_maps(c, range(1, 3)).items()}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with aligned(model, Alignment(((1, 2),), maps), CacheConfig.parse("minicache,merge_from=1,merge_k=0")):
+        changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert changed == {f"layers.{i}.attention.{x}.weight" for i in (1, 2) for x in ("wqkv", "wo")}
+        wq, wk, wv = (model.layers[1].attention.wqkv.weight - before["layers.1.attention.wqkv.weight"]).split([H * D, G * D, G * D])
+        assert wq.abs().max() == wk.abs().max() == 0 < wv.abs().max()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_lent_prompt_equals_a_folded_model(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards the quality bench: prompts computed by the unaligned model and turned are what the aligned model computes."""
+    model, cache = load_model(tiny_checkpoint("llama"), dtype=torch.float32), CacheConfig.parse("minicache,merge_from=1,retain=0.1")
+    alignment = Alignment(((1, 2),), random_maps(model.config, range(1, 3)))
+    prompts, targets = [list(range(5, 45)), list(range(50, 90))], [list(range(20, 28))] * 2
+    full = Engine(model, max_batch_size=2, max_seq_len=48)
+    list(forced_logits(full, prompts, targets))
+    with aligned(model, alignment, cache) as maps:
+        engine = Engine(model, max_batch_size=2, max_seq_len=48, cache=cache)
+        own = list(forced_logits(engine, prompts, targets))[1:]
+        lent = list(forced_logits(engine, prompts, targets, exact=full.cache, maps=maps))
+    assert max((a - b).abs().max() for a, b in zip(own, lent, strict=True)) < 1e-4
+
+
+@given(st.integers(0, 1000), st.sampled_from(("k", "v")))
+def test_a_map_and_its_inverse(seed: int, x: str) -> None:
+    """Property: K's and V's changes of coordinates undo each other, and K's keep q . k when the query takes 1 / conj."""
+    c = ModelConfig.from_checkpoint(EMBEDDED)
+    m = getattr(random_maps(c, range(1), seed=seed)[0], x)
+    y = torch.randn(2, c.n_kv_head, 5, c.head_dim, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(change(change(y, m), 1 / m if x == "k" else torch.linalg.inv(m)), y, atol=1e-4)
+    if x == "k":
+        assert torch.allclose((change(y, m) * change(y.flip(2), 1 / m.conj())).sum(-1), (y * y.flip(2)).sum(-1), atol=1e-3)
+
+
+def made_states(*, hidden: bool, windows: int = 8) -> list[States]:
+    """Two layers, 3 kv heads of 8, 6 query heads; hidden: the second holds the first's K and V in other coordinates and another order."""
+    g = torch.Generator().manual_seed(3)
+    N, G, T, D = windows, 3, 40, 8
+    first, other = (States(torch.randn(N, 2 * G, T, D, generator=g), *torch.randn(2, N, G, T, D, generator=g),
+                           torch.randn(16, 2 * G, D, generator=g)) for _ in range(2))
+    if hidden:
+        order = torch.tensor([2, 0, 1])
+        phase = torch.polar(torch.ones(G, D // 2), 6 * torch.rand(G, D // 2, generator=g))
+        other.k = 1.5 * change(first.k, phase)[:, order]
+        other.v = (first.v @ torch.linalg.qr(torch.randn(G, D, D, generator=g))[0])[:, order]
+    return [first, other]
+
+
+def test_the_closed_form_finds_hidden_coordinates() -> None:
+    """Guards order, phases and rotations: a layer that is another in disguise merges without loss, and is not seen to before."""
+    states, cache = made_states(hidden=True), CacheConfig.parse("minicache,window=2,sinks=1")
+    assert head_order(*states).tolist() == [1, 2, 0]
+    maps, row = fit((4, 5), states, cache, None, steps=0, invertible=False)
+    assert row["order"] == "0,1,2 1,2,0" and min(row["k_before"], row["v_before"]) > .02
+    assert row["k_after"] < .02 * row["k_before"] + CODES and row["v_after"] < .02 * row["v_before"] + CODES
+    assert (torch.linalg.svdvals(maps[5].v) - 1).abs().max() < 1e-4 and (maps[5].k.abs() - 1).abs().max() < 1e-4
+
+
+CODES = .02     # what 4-bit code noise alone costs here
+
+
+def test_refining_lowers_the_loss_and_keeps_its_kind() -> None:
+    """Guards the fit on layers that share nothing: less loss on windows it has not seen, orthogonal where that is asked for."""
+    group = Group(made_states(hidden=False, windows=48), CacheConfig.parse("minicache,window=2,sinks=1"), None)
+    for x in "kv":
+        start = group.start(x)
+        for invertible in (False, True):
+            maps = group.refine(x, start, steps=60, invertible=invertible)
+            assert group.judge(x, maps) < group.judge(x, start)
+            s = maps.abs() if x == "k" else torch.linalg.svdvals(maps)
+            assert ((s - 1).abs().max() < 1e-4) == (not invertible)
+
+
+def test_a_fit_never_loses_to_the_checkpoints_own_coordinates() -> None:
+    """Guards the last choice: with no steps, whatever the closed form does, nothing is stored that the judging windows like less."""
+    for seed in range(3):
+        states = made_states(hidden=False)
+        states[1].v = states[1].v.roll(seed, 0)
+        _, row = fit((0, 1), states, CacheConfig.parse("minicache,window=0,sinks=0"), None, steps=0, invertible=True)
+        assert row["k_after"] + row["v_after"] <= row["k_before"] + row["v_before"] + 1e-9
+
+
+@pytest.fixture
+def stored(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> tuple[Path, ModelConfig]:
+    config = ModelConfig.from_checkpoint(tiny_checkpoint("llama"))
+    write_alignment(tmp_path / "a.safetensors", Alignment(((1, 2),), random_maps(config, range(1, 3))), kind="invertible")
+    return tmp_path / "a.safetensors", config
+
+
+def test_a_file_comes_back(stored: tuple[Path, ModelConfig]) -> None:
+    path, config = stored
+    maps, read = random_maps(config, range(1, 3)), read_alignment(path, config)
+    assert read.groups == ((1, 2),)
+    assert all(torch.equal(getattr(read.layers[i], x), getattr(maps[i], x)) for i in maps for x in ("order", "k", "v"))
+
+
+BAD = {
+    "not orthogonal": (lambda t, m: m.update(map="orthogonal"), "not orthogonal"),
+    "near singular": (lambda t, m: t.update({"1.v": t["1.v"] * torch.logspace(0, 3, 16)[:, None]}), "condition number"),
+    "not finite": (lambda t, m: t["2.k"].fill_(float("nan")), "not finite"),
+    "no order": (lambda t, m: t["1.order"].fill_(0), "not an order of 2 kv heads"),
+    "another model": (lambda t, m: t.update({"1.v": torch.eye(8).expand(2, 8, 8).contiguous()}), r"\[2, 8, 8\], the model wants"),
+    "layer missing": (lambda t, m: t.pop("2.v"), "not those of its groups"),
+    "layers beyond": (lambda t, m: m.update(groups="[[1, 7]]"), "the model layers 0 to 2"),
+    "one layer twice": (lambda t, m: m.update(groups="[[1, 2], [2, 1]]"), "disjoint groups"),
+    "no alignment": (lambda t, m: m.update(format="x"), "header"),
+    "strange groups": (lambda t, m: m.update(groups='{"a": 1}'), "header|groups"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_with_the_reason(name: str, stored: tuple[Path, ModelConfig]) -> None:
+    """Guards against files of another model, broken, or made to harm: one ValueError that says why."""
+    path, config = stored
+    tensors, data, (spoil, why) = load_file(path), path.read_bytes(), BAD[name]
+    metadata = dict(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"])
+    spoil(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=why):
+        read_alignment(path, config)
+
+
+def test_a_cut_file_is_refused(stored: tuple[Path, ModelConfig]) -> None:
+    path, config = stored
+    data = path.read_bytes()
+    for part in (data[:-10], data[:50], b"", b"\xff" * 64):
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match="alignment|safetensors"):
+            read_alignment(path, config)
+
+
+def test_wrong_groups_are_refused_where_named_and_left_alone_where_not(stored: tuple[Path, ModelConfig]) -> None:
+    """Guards the choice of a file: one named must fit the cache, the checkpoint's own is used where it does; none turns it off."""
+    path, config = stored
+    fits, other = CacheConfig.parse("minicache,merge_from=1"), CacheConfig.parse("minicache,pairs=0-2")
+    assert find_alignment(str(path), path.parent, config, [fits]) and find_alignment("none", path.parent, config) is None
+    with pytest.raises(ValueError, match="aligns layers 1-2, the cache merges 0-2"):
+        find_alignment(str(path), path.parent, config, [other])
+    path.rename(path.parent / ALIGNMENT)
+    assert find_alignment(None, path.parent, config, [fits]) and find_alignment(None, path.parent, config, [other]) is None
+    with pytest.raises(ValueError, match="cannot be read"):
+        find_alignment(str(path), path.parent, config)
+
+
+@pytest.mark.parametrize("options", [["--cache", "minicache,merge_from=10"], ["--cache", "minicache,merge_from=10", "--map", "orthogonal"],
+                                     ["--cache", "minicache,merge_from=8", "--pairs", "any"]])
+def test_bench_align_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards the command on the embedded checkpoint: a file that fits the SPEC it prints, and a table that never loses to no alignment."""
+    text, out = tmp_path / "text.txt", tmp_path / "a.safetensors"
+    text.write_text("Once upon a time there was a little dog named Spot. He liked to play with a red ball in the park. " * 60)
+    command = ["align", "--text", str(text), "--out", str(out), "--windows", "4", "--context", "64", "--steps", "3", "--dtype", "float32"]
+    assert bench.main(command + options) == 0
+    printed = capsys.readouterr().out
+    config = ModelConfig.from_checkpoint(EMBEDDED)
+    assert find_alignment(str(out), tmp_path, config, [CacheConfig.parse(printed.rsplit("serves ", 1)[1].strip())])
+    rows = [line.split() for line in printed.splitlines() if re.match(r"\d+-\d+ ", line)]
+    assert len(rows) == (2 if "--pairs" in options else 1)
+    for row in rows:
+        k_before, k_after, _, v_before, v_after, _ = map(float, row[-6:])
+        assert k_after + v_after <= k_before + v_before
+
+
+def test_bench_align_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards the command line: what cannot be is one line and status 2, before the work."""
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 3000)
+    for options, why in ((["--out", "a.json"], "not a .safetensors"), (["--cache", "full"], "merges no layers"),
+                         (["--cache", "minicache,group=3", "--pairs", "any"], "merges 3 layers"), (["--windows", "1"], "at least 2"),
+                         (["--context", "4"], "give 8 to 512")):
+        assert bench.main(["align", "--text", str(text), "--out", str(tmp_path / "a.safetensors"), *options]) == 2
+        err = capsys.readouterr().err
+        assert why in err and err.count("\n") == 1
+
+
+def test_interleaved_pairs_run_and_equal_adjacent_ones_before_merging(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards groups whose layers interleave: prefill takes them together, decode commits each with its last layer; with everything in the
+    window nothing is lost, so logits are those of the full cache."""
+    model = load_model(tiny_checkpoint("llama"), dtype=torch.float32)
+    prompts, targets = [list(range(5, 45)), list(range(50, 80))], [list(range(20, 30))] * 2
+    want = list(forced_logits(Engine(model, max_batch_size=2, max_seq_len=56), prompts, targets))
+    for chunk in (7, 512):
+        cache = CacheConfig.parse("minicache,pairs=0-2,window=50")
+        got = list(forced_logits(Engine(model, max_batch_size=2, max_seq_len=56, cache=cache, prefill_chunk=chunk), prompts, targets))
+        assert max((a - b).abs().max() for a, b in zip(want, got, strict=True)) < 1e-4
+    lossy = Engine(model, max_batch_size=2, max_seq_len=56, cache=CacheConfig.parse("minicache,pairs=0-2,window=0,sinks=0,retain=0"))
+    assert [g.layers for g in lossy.cache.groups] == [(0, 2), (1,)] and [len(s) for s in lossy.cache.spans()] == [2]
+    got = list(forced_logits(lossy, prompts, targets))
+    assert 1e-3 < max((a - b).abs().max() for a, b in zip(want, got, strict=True)) < 100
+
+
+def test_align_for_good(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Guards Engine.from_pretrained's alignment: folded weights stay folded, and a cache that merges nothing is left alone."""
+    model = load_model(tiny_checkpoint("llama"), dtype=torch.float32)
+    alignment, before = Alignment(((1, 2),), random_maps(model.config, range(1, 3))), model.layers[1].attention.wo.weight.clone()
+    align(model, alignment, CacheConfig.parse("quant,bits=4"))
+    assert torch.equal(model.layers[1].attention.wo.weight, before)
+    align(model, alignment, CacheConfig.parse("minicache,merge_from=1"))
+    assert not torch.equal(model.layers[1].attention.wo.weight, before)
