@@ -7,6 +7,7 @@ right angles), where both forms are exact, so that positions decide in both. Tra
 import ctypes
 import itertools
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -162,3 +163,19 @@ def test_what_the_operator_does_not_know_stays_with_the_reference(monkeypatch: p
         group.form = "cpp"
         new = torch.randn(2, len(group.layers), 3, 2, 1, 8)
         cpp.load() and group.commit(new[0], new[1], torch.tensor([20, 0, 17]), torch.tensor([1, 1, 0]))
+
+
+def test_compiled_in_place() -> None:
+    """Guards: a write that the schema hides, a graph break, a buffer copied first: nothing allocated has a column dimension."""
+    from torch._inductor.utils import run_and_get_code
+    builds()
+    torch._dynamo.reset()
+    spec, x = "bits=4,window=3,retain=0.2,retention=intended,gamma=0.3", torch.randn(2, 2, 3, 2, 1, 8)
+    groups, length, n_new = [make(setting(spec)) for _ in range(2)], torch.tensor([20, 2, 30]), torch.tensor([1, 1, 0])
+    _, code = run_and_get_code(torch.compile(groups[0].commit, fullgraph=True), x[0], x[1], length, n_new)
+    groups[1].commit(x[0], x[1], length, n_new)
+    assert all(map(torch.equal, groups[0].buffers(), groups[1].buffers())) and groups[1].k_direction.any()
+    assert len(code) == 1 and "minicache.commit" in code[0]
+    assert not [shape for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code[0]) if str(S - 3) in re.findall(r"\d+", shape)]
+    assert "copy_" not in code[0] and "clone" not in code[0]
+    torch._dynamo.reset()

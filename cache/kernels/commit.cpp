@@ -2,7 +2,7 @@
 // cache/merge.py and cache/codec.py, whose arithmetic in fp32 is done in fp64 here, where no sum needs scaling first.
 //
 // A pair's geometry is three inner products of its vectors x0 and x1: a = x0.x0, b = x1.x1, c = x0.x1. From them follow the distance and,
-// for every rule, the direction w0 x0 + w1 x1. Layers that are alike, opposed or at right angles give exact distances, so that ties stay ties.
+// for every rule, the direction w0 x0 + w1 x1. Layers alike, opposed or at right angles give exact distances, so that ties stay ties.
 // The kv heads of all rows are independent: a row's result depends neither on its neighbours nor on the number of threads.
 #include "block.h"
 
@@ -34,7 +34,7 @@ double inner(const float* x, const float* y, int P) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-double angle_between(double a, double b, double c) {    // of a zero vector: 0 with another one, else a right angle, as cache/merge.py has it
+double angle_between(double a, double b, double c) {    // two zero vectors: 0; one: a right angle, as cache/merge.py
     return a > 0 && b > 0 ? std::acos(std::clamp(c / std::sqrt(a * b), -1., 1.)) : a == b ? 0 : M_PI / 2;
 }
 
