@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = sub.add_argument
     add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
     add("--context", metavar="N", type=int, default=320, help="tokens of a window that are stored first (default: 320)")
-    add("--continuation", metavar="M", type=int, default=128, help="tokens after them, fed one by one and scored (default: 128)")
+    add("--continuation", metavar="M", type=int, default=128, help="tokens after them, fed and scored (default: 128)")
+    add("--scoring", choices=("decode", "chunk"), default="decode",
+        help="decode: they are fed one by one (default); chunk: all at once over the stored context, many times faster")
     add("--windows", metavar="K", type=int, default=16, help="windows, spread evenly over the text (default: 16)")
     add("--batch-size", metavar="B", type=int, default=8, help="windows that run together (default: 8)")
     sub = subject("similarity", "how alike K and V of different layers are, and which pairs to merge", caches=False)

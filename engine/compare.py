@@ -8,15 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache import GroupPrefill, KVCache
 from engine.engine import Engine
 
 
 @torch.inference_mode()
-def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *,
+                  chunk: bool = False, exact: KVCache | None = None) -> Iterator[Tensor]:
     """Yields logits [B, V] for target 0, 1, ... of every row, fed token by token as in decoding; a row past its end repeats garbage.
 
     At most one prompt per engine row; B is max_batch_size, rows without a prompt last.
     A row must hold len(prompt) + len(target) - 1 tokens.
+    chunk: the targets pass at once, over the prompts as stored and over each other exactly; B is then len(prompts).
+    exact: a full cache whose rows hold these prompts; they are stored from it, not computed again, and target 0, whose logits come
+    from the exact prompt whatever the cache, is left out.
     """
     idle = engine.max_batch_size - len(prompts)
     tensor = lambda x: torch.tensor(x, device=engine.device)        # noqa: E731
@@ -25,8 +30,18 @@ def forced_logits(engine: Engine, prompts: Sequence[Sequence[int]], targets: Seq
     fed = tensor([list(t) + [0] * (steps - len(t)) for t in targets])
     engine.cache.reset()
     rows = torch.arange(len(prompts), device=engine.device)
-    x = engine.prefill(tensor([list(p) + [0] * (width - len(p)) for p in prompts]), torch.zeros_like(n_prompt), n_prompt, rows, past=0)
-    yield engine.model.logits(x[rows, n_prompt - 1])
+    if exact is None:
+        x = engine.prefill(tensor([list(p) + [0] * (width - len(p)) for p in prompts]), torch.zeros_like(n_prompt), n_prompt, rows, past=0)
+        yield engine.model.logits(x[rows, n_prompt - 1])
+    else:
+        for group in engine.cache.groups:
+            prefill, lent = GroupPrefill(group, width, past=0), [exact.groups[layer] for layer in group.layers]
+            prefill.k, prefill.v = (torch.stack([getattr(x, name)[:len(prompts), :, :width] for x in lent]) for name in "kv")
+            prefill.commit(torch.zeros_like(n_prompt), n_prompt, rows)
+    if chunk and steps > 1:
+        x = engine.prefill(fed[:, :-1], n_prompt, n_target - 1, rows, past=width)
+        yield from (engine.model.logits(x[:, i]) for i in range(steps - 1))
+        return
     n_prompt, n_target, fed = (F.pad(t, (0, 0) * (t.dim() - 1) + (0, idle)) for t in (n_prompt, n_target, fed))
     for i in range(steps - 1):
         alive = i < n_target - 1

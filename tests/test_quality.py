@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import bench
-from cache import CacheConfig
+from cache import CacheConfig, KVCache
+from engine.compare import forced_logits
+from engine.engine import Engine
 from engine.measure import quality
 from engine.measure.quality import Result, measure, pareto_front
 from engine.measure.report import print_table, write_json
+from engine.measure.rivals import parse_cache
 from engine.measure.windows import read_windows
 from model import Rope
 from tokenizer import load_tokenizer
@@ -45,6 +48,28 @@ def test_full_scores_are_those_of_one_plain_pass(text: str) -> None:
     torch.testing.assert_close(exact, full, atol=1e-4, rtol=0)      # 16 bits, another layout: nothing is lost
 
 
+@pytest.mark.parametrize("chunk", [False, True])
+def test_a_lent_prompt_changes_nothing(text: str, chunk: bool) -> None:
+    """Guards the short cut of a sweep: prompts of unequal length stored from a full cache leave what a pass of their own leaves, bit for
+    bit, rivals included. And scoring as one chunk: the full cache says what it says token by token, a lossy one is really looked at."""
+    windows = read_windows(text, load_tokenizer(EMBEDDED), n_tokens=33, n_windows=2)
+    prompts, targets = [windows[0][:16], windows[1][:24]], [windows[0][16:33], windows[1][24:30]]
+    model = load_model(EMBEDDED, dtype=torch.float32)
+
+    def logits(spec: str, exact: KVCache | None = None, chunk: bool = chunk) -> tuple[torch.Tensor, KVCache]:
+        engine = Engine(model, max_batch_size=2, max_seq_len=32, cache=parse_cache(spec), compile=False)
+        with torch.inference_mode():
+            return torch.stack([*forced_logits(engine, prompts, targets, chunk=chunk, exact=exact)]), engine.cache
+
+    full, cache = logits("full")
+    torch.testing.assert_close(full[:, 0], logits("full", chunk=not chunk)[0][:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(full[:6], logits("full", chunk=not chunk)[0][:6], atol=1e-4, rtol=0)
+    for spec in ("minicache,bits=2,window=4", "kivi,bits=2,residual=32", "kivi,bits=2,residual=8,group=8"):
+        own, lent = logits(spec)[0], logits(spec, cache)[0]
+        assert torch.equal(lent, own[1:])
+        assert ((own - full)[1].abs().max() > .05) == (spec != "kivi,bits=2,residual=32")      # too few tokens for a block of 32 K
+
+
 def test_differences_are_paired_by_window() -> None:
     """Guards the interval: it comes from differences, not from the spread of texts; a cache cut short is held against its own windows."""
     full, other = (Result(spec, CacheConfig.parse(spec), {"full": 12 * 3 * 2 * 32 * 64 * 4}, SHAPE) for spec in ("full", "quant,bits=4"))
@@ -73,6 +98,11 @@ def test_command_prints_a_sorted_table_and_writes_what_it_says(text: str, tmp_pa
     assert paper["kl_nats_per_token"] > 0 and 0 < paper["retained_fill_share"] <= 1 and "float32" in printed
     assert data["settings"]["dtype"] == "float32" and data["machine"]["torch"] == torch.__version__
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert data["settings"]["scoring"] == "decode" and "one by one" in printed
+    assert bench.main(["quality", "--text", text, *ARGS, "--scoring", "chunk", "--cache", *caches[:1], "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    assert data["settings"]["scoring"] == "chunk" and "as one exact chunk" in capsys.readouterr().out.partition("\n")[0]
+    assert data["rows"][0]["nll_by_window"] == pytest.approx(full["nll_by_window"], abs=1e-4)
 
 
 def test_ctrl_c_keeps_what_was_measured(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

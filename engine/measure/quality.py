@@ -2,6 +2,7 @@
 
 Contract: `context` tokens are prefilled (exact attention, then stored), the next `continuation` tokens are fed one by one as in decoding,
 and each of those steps is scored on the token that follows in the text. Losses are means over a window; intervals are over windows.
+Scoring "chunk" feeds the continuation at once: many times faster, but no token of it is ever compressed, so a cache looks better.
 Trap: the first token after the context is predicted by the exact prompt, whatever the cache; it is not scored.
 """
 import argparse
@@ -27,6 +28,7 @@ from weights import load_model
 
 DEFAULT_CACHES = ("quant,bits=8", "quant,bits=4", "quant,bits=3", "quant,bits=2", "minicache", "minicache,bits=4", "minicache,bits=3",
                   "minicache,preset=paper", "rtn,bits=4", "kivi,bits=4", "kivi,bits=2", "kivi,bits=2,residual=32")
+SCORING = {"decode": "one by one as in decoding", "chunk": "as one exact chunk over the stored context"}
 COLUMNS = {
     "cache": ("cache", ""), "kv_bytes": ("KV bytes", ","), "bits_per_element": ("bits/element", ".2f"), "ratio_to_full": ("x bf16", ".2f"),
     "nll_nats_per_token": ("NLL", ".4f"), "nll_difference_nats_per_token": ("NLL - full", "+.4f"),
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     # 2. the work
     model, interrupted = load_model(checkpoint, device=device, dtype=dtype), False
     try:
-        for spec, first in measure(model, windows, list(results.values()), context=args.context, capacity=capacity, batch=shape["batch"]):
+        for spec, first in measure(model, windows, list(results.values()), context=args.context, capacity=capacity, batch=shape["batch"],
+                                   chunk=args.scoring == "chunk"):
             progress(f"windows {first + 1} to {min(first + shape['batch'], args.windows)} of {args.windows}: {spec}")
     except KeyboardInterrupt:
         interrupted = True
@@ -64,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     rows = sorted((r.as_json(full) for r in results.values() if r.losses), key=lambda row: -row["kv_bytes"])
     settings = {"checkpoint": str(checkpoint), "text": args.text, "context_tokens": args.context, "continuation_tokens": args.continuation,
                 "windows": args.windows, "rows": shape["batch"], "capacity_tokens": capacity, "device": str(device),
-                "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "scoring": "teacher-forced, token by token as in decoding"}
+                "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "scoring": args.scoring}
     dtype_name = settings["dtype"]
-    print(f"{Path(args.text).name}: {args.windows} windows, {args.context} tokens stored + {args.continuation} fed one by one and scored; "
-          f"{checkpoint.name}, {device}, {dtype_name}\nKV bytes of {shape['batch']} rows x {capacity} tokens, everything counted, exact "
-          f"parts in {dtype_name}; x bf16: how many times smaller than a bf16 full cache\n"
+    print(f"{Path(args.text).name}: {args.windows} windows, {args.context} tokens stored + {args.continuation} fed "
+          f"{SCORING[args.scoring]} and scored; {checkpoint.name}, {device}, {dtype_name}\n"
+          f"KV bytes of {shape['batch']} rows x {capacity} tokens, everything counted, exact parts in {dtype_name}; x bf16: how many times smaller than a bf16 full cache\n"
           "NLL and KL in nats per token; retained: share of the slots in use; overflow: tokens beyond the threshold without a slot\n")
     print_table(rows, COLUMNS)
     write_json(args.out, {"subject": "quality", "machine": machine(device), "settings": settings, "rows": rows, "interrupted": interrupted})
@@ -105,20 +108,21 @@ class Result:
 
 @torch.inference_mode()
 def measure(model: Transformer, windows: Sequence[Sequence[int]], results: Sequence[Result], *, context: int, capacity: int,
-            batch: int) -> Iterator[tuple[str, int]]:
-    """Fill in `results`, the full cache first; yields (spec, first window) before each run. One cache is alive at a time."""
+            batch: int, chunk: bool = False) -> Iterator[tuple[str, int]]:
+    """Fill in `results`, the full cache first, which lends its prompts to the others; yields (spec, first window) before each run."""
     for first in range(0, len(windows), batch):
         rows = windows[first:first + batch]
         n, rows = len(rows), [*rows, *[rows[0]] * (batch - len(rows))]      # a last, smaller batch is filled up and cut again
         wanted = torch.tensor([w[context + 1:] for w in rows], device=model.embed.weight.device).T
         full: list[Tensor] = []
+        exact: KVCache | None = None
         for result in results:
             yield result.spec, first
             engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=result.cache, compile=False)
-            steps = forced_logits(engine, [w[:context] for w in rows], [w[context:] for w in rows])
-            scored = (x.log_softmax(-1) for x in islice(steps, 1, None))
-            if not full:
-                full = scored = list(scored)
+            steps = forced_logits(engine, [w[:context] for w in rows], [w[context:] for w in rows], chunk=chunk, exact=exact)
+            scored = (x.log_softmax(-1) for x in islice(steps, exact is None, None))
+            if exact is None:
+                exact, full = engine.cache, (scored := list(scored))
             total = sum(token_losses(p, q, want) for p, q, want in zip(full, scored, wanted, strict=True))
             result.losses.append(total[:, :n].cpu() / len(full))
             if (use := retained_use(engine.cache, n)) is not None:
