@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     dtype_name = settings["dtype"]
     print(f"{Path(args.text).name}: {args.windows} windows, {args.context} tokens stored + {args.continuation} fed "
           f"{SCORING[args.scoring]} and scored; {checkpoint.name}, {device}, {dtype_name}\n"
-          f"KV bytes of {shape['batch']} rows x {capacity} tokens, everything counted, exact parts in {dtype_name}; x bf16: how many times smaller than a bf16 full cache\n"
+          f"KV bytes of {shape['batch']} rows x {capacity} tokens, everything counted, exact parts in {dtype_name}; "
+          "x bf16: how many times smaller than a bf16 full cache\n"
           "NLL and KL in nats per token; retained: share of the slots in use; overflow: tokens beyond the threshold without a slot\n")
     print_table(rows, COLUMNS)
     write_json(args.out, {"subject": "quality", "machine": machine(device), "settings": settings, "rows": rows, "interrupted": interrupted})
