@@ -36,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="decode: they are fed one by one (default); chunk: all at once over the stored context, many times faster")
     add("--windows", metavar="K", type=int, default=16, help="windows, spread evenly over the text (default: 16)")
     add("--batch-size", metavar="B", type=int, default=8, help="windows that run together (default: 8)")
+    sub = subject("needle", "whether one sentence in a long text is still found, and how likely its answer is")
+    add = sub.add_argument
+    add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
+    add("--lengths", metavar="N,N", default="128,256,448", help="tokens of the text with the needle (default: 128,256,448)")
+    add("--depths", metavar="D", type=int, default=10, help="places from start to end (default: 10)")
+    add("--needles", metavar="K", type=int, default=8, help="needles, each at every depth of a text of its own (default: 8)")
+    add("--batch-size", metavar="B", type=int, default=22, help="texts that run together (default: 22)")
+    add("--seed", metavar="N", type=int, default=0, help="which answers (default: 0)")
     sub = subject("similarity", "how alike K and V of different layers are, and which pairs to merge", caches=False)
     add = sub.add_argument
     add("--text", metavar="FILE", required=True, help="held-out UTF-8 text")
