@@ -7,14 +7,16 @@ Trap: a cue inside the prompt would be answered by exact attention, whatever the
 """
 import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cache import CacheConfig, KVCache
+from cache import CacheConfig
 from engine.compare import forced_logits
 from engine.engine import Engine
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
@@ -39,13 +41,13 @@ ENDS = tuple(x.encode() for x in (".", "!", "?", '"', "'", "\u201d", "\u2019"))
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a text as it is stored, what is fed after it, and how many of the last ids are the answer. depth None: no needle."""
+    """One row: a text as it is stored, what is fed after it, and how many of the last ids are the answer. depth -1: no needle."""
 
     text: list[int]
     fed: list[int]
     n_answer: int
     needle: int
-    depth: int | None
+    depth: int
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,29 +62,28 @@ def run(args: argparse.Namespace) -> int:
     lengths = sorted({int(x) for x in args.lengths.split(",")})
     (device, dtype), (checkpoint, config, tokenizer) = device_and_dtype(args), open_checkpoint(args.checkpoint)
     caches = {spec: parse_cache(spec) for spec in dict.fromkeys(("full", *(args.cache or DEFAULT_CACHES)))}
+    longest = max(len(cue) + len(answer) for cue, answer in needle_ids(tokenizer, args.needles, args.seed))
+    if lengths[-1] + longest > config.max_position_embeddings:
+        raise ValueError(f"--lengths {lengths[-1]} and the cue take {lengths[-1] + longest} tokens, the model has "
+                         f"{config.max_position_embeddings} positions; ask for at most {config.max_position_embeddings - longest}")
     cases = {n: make_cases(args.text, tokenizer, length=n, depths=args.depths, needles=args.needles, seed=args.seed) for n in lengths}
-    capacity = {n: n + max(len(case.fed) for case in cases[n]) for n in lengths}
-    if capacity[lengths[-1]] > config.max_position_embeddings:
-        raise ValueError(f"--lengths {lengths[-1]} and the cue take {capacity[lengths[-1]]} tokens, the model has "
-                         f"{config.max_position_embeddings} positions; ask for at most "
-                         f"{config.max_position_embeddings - capacity[lengths[-1]] + lengths[-1]}")
+    batch = min(args.batch_size, len(cases[lengths[0]]))
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, dtype=dtype or config.dtype)
     for cache in caches.values():       # a layout that cannot be is refused here
-        cache.build(**shape, batch=1, max_seq_len=capacity[lengths[0]], device="meta")
+        cache.build(**shape, batch=1, max_seq_len=lengths[0] + longest, device="meta")
     # 2. the work
     model, interrupted, rows = load_model(checkpoint, device=device, dtype=dtype), False, []
     try:
         for length in lengths:
-            for row in measure(model, cases[length], caches, capacity=capacity[length], batch=args.batch_size, depths=args.depths):
-                rows.append({"length_tokens": length} | row)
-                progress(f"{length} tokens, {row['cache']}: found {row['found_share']:.0%}")
+            measured = measure(model, cases[length], caches, capacity=length + longest, batch=batch, depths=args.depths)
+            rows += [{"length_tokens": length} | row for row in measured]
     except KeyboardInterrupt:
         interrupted = True
         progress("interrupted: the table holds what was measured until here")
     # 3. the report
-    rows.sort(key=lambda row: list(caches).index(row["spec"]))      # stable: lengths stay in order
+    rows = [row for i in range(len(caches)) for row in rows[i::len(caches)]]       # by cache, then by length
     settings = {"checkpoint": str(checkpoint), "text": args.text, "lengths_tokens": lengths, "depths": args.depths, "needles": args.needles,
-                "seed": args.seed, "rows": args.batch_size, "device": str(device), "scoring": "cue and answer one by one as in decoding",
+                "seed": args.seed, "rows": batch, "device": str(device), "scoring": "cue and answer one by one as in decoding",
                 "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "needle_texts": needle_texts(args.needles, args.seed)}
     cue, answer = settings["needle_texts"][0]
     print(f"{Path(args.text).name}: {args.needles} needles like \"{cue} {answer}.\" at {args.depths} depths, then \"{cue}\"; "
@@ -90,11 +91,10 @@ def run(args: argparse.Namespace) -> int:
           "found: greedy decoding says the answer; NLL of the answer in nats per token; without needle: the same cue after the same text\n"
           "that lacks it; gain: without - with, what the model took from the needle; interval over needles\n")
     print_table(rows, COLUMNS)
-    for row in rows:
-        if row["spec"] == "full" and row["found_share"] < .5:
-            print(f"\nThe full cache itself finds {row['found_share']:.0%} at {row['length_tokens']} tokens: there the model fails, "
-                  "not a cache; compare the answer's NLL.", end="")
     print()
+    full = [row for row in rows if row["cache"] == "full"]
+    if weak := ", ".join(f"{row['found_share']:.0%} at {row['length_tokens']}" for row in full if row["found_share"] < .5):
+        print(f"The full cache itself finds only {weak} tokens: there the model fails, not a cache, and the answer's NLL is what counts.")
     write_json(args.out, {"subject": "needle", "machine": machine(device), "settings": settings, "rows": rows, "interrupted": interrupted})
     if args.plot is not None and rows:
         plot(rows, args.plot, title=f"{checkpoint.name} on {Path(args.text).name}, {settings['dtype']}")
@@ -107,26 +107,30 @@ def needle_texts(n: int, seed: int) -> list[tuple[str, str]]:
     return [(CUES[i % len(CUES)], draw.choice(ANSWERS)) for i in range(n)]
 
 
+def needle_ids(tokenizer: Tokenizer, n: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """The same as ids, each as it goes on after a text."""
+    return [tuple(tokenizer.encode_with_special(f" {x}", continues=True) for x in pair) for pair in needle_texts(n, seed)]
+
+
 def make_cases(path: str, tokenizer: Tokenizer, *, length: int, depths: int, needles: int, seed: int) -> list[Case]:
     """Texts of `length` ids that end with a sentence; each needle stands after the sentence nearest to depth / (depths - 1) of its text.
 
     Every needle has a window of the file of its own, the same at all depths; the one without it has as many ids of the file more.
     """
-    ids = lambda text: tokenizer.encode_with_special(text, continues=True)      # noqa: E731
-    n_bos, cases = len(tokenizer.encode("")), []
-    slack = 64      # tokens within which a sentence should end
-    windows = read_windows(path, tokenizer, n_tokens=length + slack, n_windows=needles)
-    for i, ((cue, answer), window) in enumerate(zip(needle_texts(needles, seed), windows, strict=True)):
-        cue_ids, answer_ids, bos, words = ids(" " + cue), ids(" " + answer), window[:n_bos], window[n_bos:]
+    n_bos, cases, slack = len(tokenizer.encode("")), [], 64         # slack: tokens within which a sentence should end
+    stop = tokenizer.encode_with_special(".", continues=True)
+    windows = read_windows(path, tokenizer, n_tokens=length + slack, n_windows=needles, option="--needles")
+    for i, ((cue, answer), window) in enumerate(zip(needle_ids(tokenizer, needles, seed), windows, strict=True)):
+        bos, words = window[:n_bos], window[n_bos:]
         ends = sentence_ends(words, tokenizer)
         end = max((e for e in ends if e >= length - n_bos), default=len(words))
-        fed, sentence = cue_ids + answer_ids, cue_ids + answer_ids + ids(".")
-        cases.append(Case(bos + words[end - length + n_bos:end], fed, len(answer_ids), i, None))
+        fed, sentence = cue + answer, cue + answer + stop
+        cases.append(Case(bos + words[end - length + n_bos:end], fed, len(answer), i, -1))
         first = end - (length - n_bos - len(sentence))
         places = [e for e in ends if first < e < end] + [first, end]
         for depth in range(depths):
             at = min(places, key=lambda e: abs(e - first - (end - first) * depth / (depths - 1)))
-            cases.append(Case(bos + words[first:at] + sentence + words[at:end], fed, len(answer_ids), i, depth))
+            cases.append(Case(bos + words[first:at] + sentence + words[at:end], fed, len(answer), i, depth))
     return cases
 
 
@@ -138,38 +142,38 @@ def sentence_ends(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 @torch.inference_mode()
 def measure(model: Transformer, cases: Sequence[Case], caches: dict[str, CacheConfig | Rival], *, capacity: int, batch: int,
-            depths: int) -> Iterator[dict[str, Any]]:
-    """A row of the table for each cache, `full` first. Its prompts are computed once for all caches and lent by the full one."""
-    lent: list[KVCache] = []
-    full: list[torch.Tensor] = []
-    for spec, cache in caches.items():
-        nll, found = torch.full((2, 1 + max(case.needle for case in cases), depths + 1), float("nan"), dtype=torch.float64)
-        for start in range(0, len(cases), batch):
-            some = cases[start:start + batch]
-            engine = Engine(model, max_batch_size=len(some), max_seq_len=capacity, cache=cache, compile=False)
-            exact = None if spec == "full" else lent[start // batch]
+            depths: int) -> list[dict[str, Any]]:
+    """A row of the table for each cache, `full` first, which lends its prompts to the others."""
+    shape = 2, 1 + max(case.needle for case in cases), depths + 1       # NLL, found; the last column: without the needle
+    figures = {spec: torch.full(shape, float("nan"), dtype=torch.float64) for spec in caches}
+    bits: dict[str, float] = {}
+    for start in range(0, len(cases), batch):
+        some, exact = cases[start:start + batch], None
+        some += [some[0]] * (batch - len(some))         # filled up: every batch has the bytes of a whole one
+        for spec, cache in caches.items():
+            progress(f"texts {start + 1} to {min(start + batch, len(cases))} of {len(cases)}, {len(some[0].text)} tokens: {spec}")
+            engine = Engine(model, max_batch_size=batch, max_seq_len=capacity, cache=cache, compile=False)
             steps = forced_logits(engine, [c.text for c in some], [c.fed for c in some], exact=exact)
-            scored = torch.stack([x.log_softmax(-1) for x in steps][exact is None:])        # from the cue's second token on
-            if exact is None:
-                lent.append(engine.cache)
+            scored = torch.stack([x.log_softmax(-1).cpu() for x in islice(steps, exact is None, None)])     # from the cue's second token on
+            exact, bits[spec] = exact or engine.cache, engine.bits_per_element
             for row, case in enumerate(some):
-                at, want = range(len(case.fed) - 1 - case.n_answer, len(case.fed) - 1), torch.tensor(case.fed[-case.n_answer:])
-                p = scored[at.start:at.stop, row].cpu()
-                column = depths if case.depth is None else case.depth
-                nll[case.needle, column] = -p.gather(1, want[:, None]).double().mean()
-                found[case.needle, column] = (p.argmax(-1) == want).all()
-        full = full or [nll]
-        difference, n = (nll - full[0])[:, :depths].mean(1), len(nll)
-        with_needle, without = nll[:, :depths].mean().item(), nll[:, depths].mean().item()
-        yield {"cache": spec + " (simulated)" * isinstance(cache, Rival), "spec": spec, "cache_settings": str(cache),
-               "simulated": isinstance(cache, Rival), "bits_per_element": engine.bits_per_element,
-               "found_share": found[:, :depths].mean().item(), "nll_nats_per_token": with_needle,
-               "nll_without_nats_per_token": without, "gain_nats_per_token": without - with_needle,
-               "nll_difference_nats_per_token": difference.mean().item(),
-               "nll_difference_interval_nats": 1.96 * difference.std().item() / n ** .5 if n > 1 else None,
-               "found_share_by_depth": found[:, :depths].mean(0).tolist(), "nll_nats_per_token_by_depth": nll[:, :depths].mean(0).tolist(),
-               "found_share_without": found[:, depths].mean().item(), "nll_by_needle_and_depth": nll[:, :depths].tolist(),
-               "nll_without_by_needle": nll[:, depths].tolist()}
+                p, want = scored[:len(case.fed) - 1][-case.n_answer:, row], torch.tensor(case.fed[-case.n_answer:])
+                loss = -p.gather(1, want[:, None]).double().mean()
+                figures[spec][:, case.needle, case.depth] = torch.stack((loss, (p.argmax(-1) == want).all().double()))
+    return [as_json(spec, caches[spec], figures[spec], figures["full"], bits[spec]) for spec in caches]
+
+
+def as_json(spec: str, cache: CacheConfig | Rival, figures: Tensor, full: Tensor, bits: float) -> dict[str, Any]:
+    """A row of the table from figures [2, needles, depths + 1]. Differences are paired, needle by needle against `full`."""
+    (nll, found), without, simulated = figures[:, :, :-1], figures[0, :, -1], isinstance(cache, Rival)
+    difference, n = (nll - full[0, :, :-1]).mean(1), len(nll)
+    return {"cache": spec + " (simulated)" * simulated, "cache_settings": str(cache), "simulated": simulated, "bits_per_element": bits,
+            "found_share": found.mean().item(), "nll_nats_per_token": nll.mean().item(),
+            "nll_without_nats_per_token": without.mean().item(),
+            "gain_nats_per_token": (without.mean() - nll.mean()).item(), "nll_difference_nats_per_token": difference.mean().item(),
+            "nll_difference_interval_nats": 1.96 * difference.std().item() / n ** .5 if n > 1 else None,
+            "found_share_by_depth": found.mean(0).tolist(), "nll_nats_per_token_by_depth": nll.mean(0).tolist(),
+            "nll_by_needle_and_depth": nll.tolist(), "nll_without_by_needle": without.tolist()}
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str, *, title: str) -> None:
@@ -188,7 +192,8 @@ def plot(rows: Sequence[dict[str, Any]], path: str, *, title: str) -> None:
             depth = [100 * d / (len(curve) - 1) for d in range(len(curve))]
             ax.plot(depth, curve, color=f"C{i}", marker=".", label=f"{row['length_tokens']} tokens, found {row['found_share']:.0%}")
             ax.axhline(row["nll_without_nats_per_token"], color=f"C{i}", linestyle=":")
-        ax.set(title=f"{name} ({row['bits_per_element']:.1f} bits)", xlabel="depth, % of the text", ylabel="nats per token", ylim=(0, top))
+        title = f"{name} ({row['bits_per_element']:.1f} bits at {row['length_tokens']})"
+        ax.set(title=title, xlabel="depth, % of the text", ylabel="nats per token", ylim=(0, top))
         ax.title.set_fontsize(9)
         ax.legend(fontsize=7)
         ax.grid(alpha=.3)
