@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", metavar="N", type=int, default=320, help="tokens of a window that are stored first (default: 320)")
     add("--continuation", metavar="M", type=int, default=128, help="tokens after them, fed and scored (default: 128)")
     add("--scoring", choices=("decode", "chunk"), default="decode",
-        help="decode: they are fed one by one (default); chunk: all at once over the stored context, many times faster")
+        help="decode: they are fed one by one (default); chunk: all at once over the stored context, faster")
     add("--windows", metavar="K", type=int, default=16, help="windows, spread evenly over the text (default: 16)")
     add("--batch-size", metavar="B", type=int, default=8, help="windows that run together (default: 8)")
     sub = subject("needle", "whether one sentence in a long text is still found, and how likely its answer is")

@@ -1,5 +1,6 @@
 """bench.py needle: where the needle stands, what counts as found, and that it is looked for in what is stored."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,15 @@ def test_found_is_what_greedy_decoding_says(text: str) -> None:
     The expected answer is made the model's own, so that there is something to find."""
     model, tokenizer = load_model(EMBEDDED, dtype=torch.float32), load_tokenizer(EMBEDDED)
     cases = make_cases(text, tokenizer, length=64, depths=2, needles=1, seed=0)
+    cases = [replace(case, fed=case.fed[case.depth == 0:]) for case in cases]       # cues of unequal length side by side
     engine = Engine(model, max_seq_len=80, compile=False)
     said = {}
     for case in cases:
         steps = engine.generate([case.text + case.fed[:-case.n_answer]], SamplingParams(max_new_tokens=2, temperature=0))
         said[case.depth] = [token for step in steps for _, token in step.tokens]
     wrong = {1: 1}          # another last token at the deepest place
-    cases = [needle.Case(c.text, c.fed[:-c.n_answer] + [said[c.depth][0], said[c.depth][1] + wrong.get(c.depth, 0)], 2, 0, c.depth)
-             for c in cases]
-    row, = measure(model, cases, {"full": CacheConfig()}, capacity=80, batch=2, depths=2)
+    cases = [replace(c, fed=c.fed[:-c.n_answer] + [said[c.depth][0], said[c.depth][1] + wrong.get(c.depth, 0)], n_answer=2) for c in cases]
+    row, = measure(model, cases, {"full": CacheConfig()}, {}, capacity=80, batch=4, depths=2)
     assert row["found_share_by_depth"] == [1, 0] and row["found_share"] == .5
     assert row["nll_nats_per_token_by_depth"][0] < row["nll_nats_per_token_by_depth"][1]
 

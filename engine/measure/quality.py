@@ -2,7 +2,7 @@
 
 Contract: `context` tokens are prefilled (exact attention, then stored), the next `continuation` tokens are fed one by one as in decoding,
 and each of those steps is scored on the token that follows in the text. Losses are means over a window; intervals are over windows.
-Scoring "chunk" feeds the continuation at once: many times faster, but no token of it is ever compressed, so a cache looks better.
+Scoring "chunk" feeds the continuation at once: two to three times faster, but no token of it is read compressed: a cache looks better.
 Trap: the first token after the context is predicted by the exact prompt, whatever the cache; it is not scored.
 """
 import argparse
