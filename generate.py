@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     # 1. all that needs no weights
     (device, dtype), cache = device_and_dtype(args), CacheConfig.parse(args.cache)
     checkpoint, config, tokenizer = open_checkpoint(args.checkpoint)
-    alignment = find_alignment(args.alignment, checkpoint, config, [cache])
+    alignment = find_alignment(args.alignment, checkpoint, config, cache)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                             seed=args.seed, stop_ids=stop_ids(checkpoint, tokenizer))
     results = [] if args.chat else [Result(text, tokenizer.encode(text)) for text in read_prompts(args)]

@@ -16,7 +16,8 @@ from cache.config import KEYS
 
 PAPER = CacheConfig("minicache", merge="slerp", t=0.6, coef="norm", retention="intended", gamma=0.05, merge_from=0.5, window=0, sinks=0)
 EVERY_KEY = {
-    "merge_from": [("0.25", 0.25), ("3", 3), ("0", 0), ("1.0", 1.0)], "group": [("3", 3)], "t": [("0.25", 0.25), ("1", 1.0)],
+    "merge_from": [("0.25", 0.25), ("3", 3), ("0", 0), ("1.0", 1.0)], "group": [("3", 3)], "pairs": [("1-2:3-5", "1-2:3-5")],
+    "t": [("0.25", 0.25), ("1", 1.0)],
     "merge": [(m, m) for m in ("slerp", "mean", "max-norm", "optimal")], "coef": [("norm", "norm"), ("projection", "projection")],
     "granularity": [("token", "token"), ("head", "head")], "merge_k": [("0", False), ("1", True)], "merge_v": [("0", False)],
     "retention": [(r, r) for r in ("topk", "intended", "literal")], "retain": [("0.5", 0.5), ("1", 1.0), ("0", 0.0)],

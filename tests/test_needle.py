@@ -68,7 +68,7 @@ def test_command_shows_what_the_model_takes_from_the_needle(text: str, tmp_path:
     """Guards the whole path, and that the stored text is what is looked at: the full cache gains from the needle, 2-bit codes lose."""
     pytest.importorskip("matplotlib", reason="--plot is an extra")
     out, plot = tmp_path / "n.json", tmp_path / "n.png"
-    caches = ["--cache", "quant,bits=16", "minicache,bits=2,merge_from=0,window=0,sinks=0,retain=0", "rtn,bits=4"]
+    caches = ["--cache", "quant,bits=16", "minicache,bits=2,merge_from=0,window=0,sinks=0,retain=0", "rtn,bits=4", "--alignment", "none"]
     assert bench.main(["needle", "--text", text, *ARGS, *caches, "--out", str(out), "--plot", str(plot)]) == 0
     printed, data = capsys.readouterr().out, json.loads(out.read_text())
     full, same, coarse, rival = data["rows"]

@@ -90,10 +90,11 @@ def test_command_prints_a_sorted_table_and_writes_what_it_says(text: str, tmp_pa
     assert bench.main(["quality", "--text", text, *ARGS, "--cache", *caches, "--out", str(out), "--plot", str(plot)]) == 0
     printed, data = capsys.readouterr().out, json.loads(out.read_text())
     assert [row["cache"] for row in data["rows"]] == [
-        "full", "minicache,preset=paper", "quant,bits=2", "kivi,bits=2,group=8,residual=8 (simulated)", "rtn,bits=4 (simulated)"]
+        "full", "minicache,preset=paper", "minicache,preset=paper (aligned)", "quant,bits=2", "kivi,bits=2,group=8,residual=8 (simulated)", "rtn,bits=4 (simulated)"]
     assert [row["kv_bytes"] for row in data["rows"]] == sorted((row["kv_bytes"] for row in data["rows"]), reverse=True)
     assert all(row["cache"] in printed and row["windows"] == 3 for row in data["rows"])
-    full, paper = data["rows"][0], data["rows"][1]
+    full, paper, aligned = data["rows"][:3]
+    assert aligned["kv_bytes"] == paper["kv_bytes"] and aligned["kl_nats_per_token"] < .8 * paper["kl_nats_per_token"]
     assert full["bits_per_element"] == 32 and full["kl_nats_per_token"] == 0 and full["nll_difference_nats_per_token"] == 0
     assert paper["kl_nats_per_token"] > 0 and 0 < paper["retained_fill_share"] <= 1 and "float32" in printed
     assert data["settings"]["dtype"] == "float32" and data["machine"]["torch"] == torch.__version__

@@ -7,7 +7,7 @@ Only what a cache merges is folded: layers that it stores one by one keep their 
 Trap: files are untrusted, and a map that is near singular would drown the model in rounding: see `read_alignment`.
 """
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +110,15 @@ def align(model: Transformer, alignment: Alignment | None, cache: "CacheConfig")
         fold(model, alignment.wanted(cache, model.config.n_layer))
 
 
-def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, caches: Sequence["CacheConfig"] = ()) -> Alignment | None:
-    """The file that --alignment names; None: the checkpoint's own, if it has one that fits all `caches`; "none": nothing."""
+def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, cache: "CacheConfig | None" = None) -> Alignment | None:
+    """The file that --alignment names; None: the checkpoint's own, if `cache` (None: any) merges layers and it fits; "none": nothing."""
     path = checkpoint / ALIGNMENT if option is None else Path(option)
-    if option == "none" or option is None and not path.is_file():
+    merges = cache is None or any(len(group) > 1 for group in cache.layer_groups(config.n_layer))
+    if option == "none" or option is None and not (merges and path.is_file()):
         return None
     alignment = read_alignment(path, config)
     try:
-        for cache in caches:
+        if cache:
             alignment.wanted(cache, config.n_layer)
     except ValueError:
         if option is not None:

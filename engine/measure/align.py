@@ -20,7 +20,7 @@ from cache.merge import merge
 from engine.measure.report import check_outputs, print_table, progress
 from engine.measure.similarity import RecordingLayer
 from engine.measure.windows import read_windows
-from generate import device_and_dtype, open_checkpoint
+from generate import device_and_dtype, open_checkpoint, settle_cpu
 from model import Rope, Transformer
 from weights import load_model
 from weights.alignment import MAX_CONDITION, Alignment, LayerMap, aligned, as_complex, change, write_alignment
@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option} is {getattr(args, option)}; give at least {least}")
     windows = read_windows(args.text, tokenizer, n_tokens=args.context, n_windows=args.windows)
     # 2. the work: a group is fitted as soon as its layers are there
-    model = load_model(checkpoint, device=device, dtype=dtype)
+    model = load_model(checkpoint, device=device, dtype=settle_cpu(config, device, dtype))
     options = dict(steps=args.steps, invertible=args.map == "invertible")
     states, maps, rows, merged = {}, {}, [], {layer for group in groups for layer in group}
     for layer, s in enumerate(layer_states(model, windows)):
@@ -310,8 +310,9 @@ def run(args: argparse.Namespace) -> int:
     spec = "minicache,pairs=" + ":".join(row["group"] for row in rows) if args.pairs == "any" else args.cache
     write_alignment(args.out, alignment, kind=args.map)
     # 3. the report
-    print(f"{Path(args.text).name}: {args.context * args.windows:,} tokens in {args.windows} windows; {checkpoint.name}, {device}; "
-          f"{args.map} maps\nloss: squared error of the attention's output, relative to it, mean of the layers, on windows not fitted\n")
+    print(f"{Path(args.text).name}: {args.context * args.windows:,} tokens in {args.windows} windows; {checkpoint.name}, "
+          f"{str(model.embed.weight.dtype).removeprefix('torch.')} on {device}; {args.map} maps\n"
+          "loss: squared error of the attention's output, relative to it, mean of the layers, on windows not fitted\n")
     print_table(rows, COLUMNS)
     change = folding_loss(model, alignment, CacheConfig.parse(spec), windows[-2:])
     print(f"\nfull attention, folded: a logit changes by {change['largest_logit_change']:.1e} at most; rounded to bf16, KL "

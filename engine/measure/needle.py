@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     cases = {n: make_cases(args.text, tokenizer, length=n, depths=args.depths, needles=args.needles, seed=args.seed) for n in lengths}
     batch = min(args.batch_size, len(cases[lengths[0]]))
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, dtype=dtype or config.dtype)
-    alignments = {spec: find_alignment(args.alignment, checkpoint, config, [cache]) for spec, cache in caches.items() if merges(cache)}
+    alignments = {spec: find_alignment(args.alignment, checkpoint, config, cache) for spec, cache in caches.items() if merges(cache)}
     for cache in caches.values():       # a layout that cannot be is refused here
         cache.build(**shape, batch=1, max_seq_len=lengths[0] + longest, device="meta")
     # 2. the work

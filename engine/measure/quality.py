@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for spec, cache in caches.items():
         nbytes = cache.build(**shape, device="meta").nbytes()
         results.append(Result(spec, cache, nbytes, shape))
-        if merges(cache) and (alignment := find_alignment(args.alignment, checkpoint, config, [cache])):
+        if merges(cache) and (alignment := find_alignment(args.alignment, checkpoint, config, cache)):
             results.append(Result(spec, cache, nbytes, shape, alignment))
     windows = read_windows(args.text, tokenizer, n_tokens=capacity + 1, n_windows=args.windows)
     # 2. the work

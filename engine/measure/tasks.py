@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     shape = dict(n_layer=config.n_layer, n_kv_head=config.n_kv_head, head_dim=config.head_dim, max_seq_len=capacity,
                  batch=args.batch_size, dtype=dtype, sliding_window=config.sliding_window)
     nbytes = {spec: sum(cache.build(**shape, device="meta").nbytes().values()) for spec, cache in caches.items()}
-    alignments = {spec: find_alignment(args.alignment, checkpoint, config, [cache]) for spec, cache in caches.items() if merges(cache)}
+    alignments = {spec: find_alignment(args.alignment, checkpoint, config, cache) for spec, cache in caches.items() if merges(cache)}
     tasks = load_tasks(args.tasks, args.include_path, num_fewshot=args.num_fewshot)
     from lm_eval import __version__, evaluate
     # 2. the work: one cache is alive at a time
