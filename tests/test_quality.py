@@ -90,7 +90,8 @@ def test_command_prints_a_sorted_table_and_writes_what_it_says(text: str, tmp_pa
     assert bench.main(["quality", "--text", text, *ARGS, "--cache", *caches, "--out", str(out), "--plot", str(plot)]) == 0
     printed, data = capsys.readouterr().out, json.loads(out.read_text())
     assert [row["cache"] for row in data["rows"]] == [
-        "full", "minicache,preset=paper", "minicache,preset=paper (aligned)", "quant,bits=2", "kivi,bits=2,group=8,residual=8 (simulated)", "rtn,bits=4 (simulated)"]
+        "full", "minicache,preset=paper", "minicache,preset=paper (aligned)", "quant,bits=2",
+        "kivi,bits=2,group=8,residual=8 (simulated)", "rtn,bits=4 (simulated)"]
     assert [row["kv_bytes"] for row in data["rows"]] == sorted((row["kv_bytes"] for row in data["rows"]), reverse=True)
     assert all(row["cache"] in printed and row["windows"] == 3 for row in data["rows"])
     full, paper, aligned = data["rows"][:3]
