@@ -32,8 +32,8 @@ EPILOG = """In a chat /reset starts over, /exit or end of input ends it, Ctrl-C 
 --json prints text (of the new tokens, without the prompt), prompt_ids, tokens (the new ids), prompt_tokens, new_tokens,
 finish_reason (stop, length, capacity, interrupted), for --prompt-file in a list under rows; and ttft_s, prefill_tokens_per_s,
 decode_tokens_per_s, kv_bytes, kv_bytes_by_kind, bits_per_element, ratio_to_full (a bf16 full cache has 1), peak_bytes, cache, compile,
-device, dtype; for a merged cache retained_*: slots, filled, counting, overflow; for --compare-full nll_full, nll, kl (nats per token),
-top1_agreement (shares), k_error_by_layer, v_error_by_layer (relative)."""
+device, dtype; for a merged cache alignment (the file in use), retained_*: slots, filled, counting, overflow; for --compare-full nll_full,
+nll, kl (nats per token), top1_agreement (shares), k_error_by_layer, v_error_by_layer (relative)."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         print(results[0].prompt, end="", flush=True)
         stats = generate(engine, results, params, show=stream(tokenizer, continues=True))
         print(flush=True)
-    report = figures(engine, stats)
+    report = figures(engine, stats) | ({"alignment": alignment.source} if alignment else {})
     if args.compare_full:
         report |= compare_to_full(engine, [r.prompt_ids for r in results], [r.tokens for r in results])
     if args.json:

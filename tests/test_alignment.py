@@ -15,7 +15,8 @@ import bench
 from cache import CacheConfig
 from engine.compare import forced_logits
 from engine.engine import Engine
-from engine.measure.align import Group, States, fit, head_order
+from engine.measure.align import fit, head_order
+from engine.measure.merge_loss import Group, States
 from model import ModelConfig
 from weights import EMBEDDED, Alignment, align, aligned, find_alignment, load_model
 from weights.alignment import LayerMap, change, fold, read_alignment, write_alignment
