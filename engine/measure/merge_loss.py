@@ -15,7 +15,8 @@ from cache.merge import merge
 from weights.alignment import MAX_CONDITION, as_complex, change
 
 QUERIES, BATCH = 64, 4      # a step of the fit looks at the attention of so many positions in so many windows
-CODE_NOISE = .0095          # relative squared error of 4-bit codes (Lloyd-Max, normal law): no map may live on digits that codes drop
+# Relative squared error of codes by their bits (Lloyd-Max, normal law): no map may live on digits that codes drop. 16: codes may come later.
+CODE_NOISE = {16: .0095, 8: .0095, 4: .0095, 3: .0345, 2: .1175}
 RATES = {"k": .03, "v": .01}
 
 
@@ -48,17 +49,18 @@ class Group:
         eye = torch.eye(D, device=i.device).expand(n, G, D, D)
         self.own = {"k": torch.ones(n, G, D // 2, dtype=torch.complex64, device=i.device), "v": eye}
 
-    def merged(self, x: str, maps: Tensor, windows: Tensor, noise: float) -> Tensor:
-        """K or V of some windows as the cache would give them back, [n, N', G, T, D]; noise: relative squared error of the codes."""
+    def merged(self, x: str, maps: Tensor, windows: Tensor) -> Tensor:
+        """K or V of some windows as the cache would give them back, [n, N', G, T, D], the error of codes as noise."""
         stored = change(self.x[x][:, windows], maps[:, None])
         direction, coefficient = merge(stored, self.cache.merge, t=self.cache.t, coef=self.cache.coef)
+        noise = CODE_NOISE[self.cache.k_bits if x == "k" else self.cache.v_bits]
         direction = direction + torch.randn_like(direction) * (noise / direction.shape[-1]) ** .5
         return change(coefficient[..., None] * direction, (1 / maps if x == "k" else torch.linalg.inv(maps))[:, None])
 
-    def loss(self, x: str, maps: Tensor, windows: Tensor, queries: Tensor, noise: float = CODE_NOISE) -> Tensor:
+    def loss(self, x: str, maps: Tensor, windows: Tensor, queries: Tensor) -> Tensor:
         """Squared error of the attention's output relative to the output, mean over layers: K or V merged where they are not exact."""
         losses = []
-        for s, merged in zip(self.states, self.merged(x, maps, windows, noise), strict=True):
+        for s, merged in zip(self.states, self.merged(x, maps, windows), strict=True):
             q, k, v = s.q[windows][:, :, queries], s.k[windows], s.v[windows]
             q = q.unflatten(1, (k.shape[1], -1))                                                        # [N', G, H / G, Q, D]
             score = q @ k[:, :, None].mT * k.shape[-1] ** -.5
