@@ -15,7 +15,7 @@ from cache.merge import merge
 from weights.alignment import MAX_CONDITION, as_complex, change
 
 QUERIES, BATCH = 64, 4      # a step of the fit looks at the attention of so many positions in so many windows
-# Relative squared error of codes by their bits (Lloyd-Max, normal law): no map may live on digits that codes drop. 16: codes may come later.
+# Relative squared error of codes by bits (Lloyd-Max, normal law): no map may live on digits that codes drop. 16: codes may come later.
 CODE_NOISE = {16: .0095, 8: .0095, 4: .0095, 3: .0345, 2: .1175}
 RATES = {"k": .03, "v": .01}
 
