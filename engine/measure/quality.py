@@ -163,17 +163,18 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def plot(rows: Sequence[dict[str, Any]], path: str, *, title: str) -> None:
     """Both losses over bits per element, one number for each cache, the Pareto front as a line."""
-    figure, (axes,) = new_figure(1, 2, width=7.5, height=6)
-    figure.suptitle(f"What a cache costs, at its size: {title}")
     rows = [row for row in rows if row["cache"] != "full"]
-    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(row["cache"].partition(",")[0] for row in rows))}
-    for ax, key, label in ((axes[0], "nll_difference_nats_per_token", "NLL above the full cache (nats per token), bars: 95 %"),
-                           (axes[1], "kl_nats_per_token", "KL divergence from the full cache (nats per token)")):
+    figure, (axes,) = new_figure(1, 2, width=7.5, height=5 + len(rows) / 15)
+    figure.suptitle(f"What a cache costs, at its size: {title}")
+    kinds = [row["cache_settings"].partition(",")[0] + bool(row["alignment"]) * ", aligned" for row in rows]
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kinds))}
+    for ax, key, label in ((axes[0], "nll_difference_nats_per_token", "NLL above the full cache, nats (bars: 95 %)"),
+                           (axes[1], "kl_nats_per_token", "KL from the full cache, nats")):
         points = [(row["bits_per_element"], row[key]) for row in rows]
         front = [points[i] for i in pareto_front(points)]
         ax.plot(*zip(*front, strict=True), color="0.7", linewidth=4, zorder=0, label="Pareto front: no other is smaller and better")
-        for number, (row, (bits, loss)) in enumerate(zip(rows, points, strict=True), 1):
-            colour = colours[row["cache"].partition(",")[0]]
+        for number, (row, kind, (bits, loss)) in enumerate(zip(rows, kinds, points, strict=True), 1):
+            colour = colours[kind]
             bar = row["nll_difference_interval_nats"] if key.startswith("nll") else None
             ax.errorbar(bits, loss, yerr=bar, fmt="o", color=colour, capsize=2, mfc="white" if row["simulated"] else colour,
                         label=f"{number}  {row['cache']}")
