@@ -29,19 +29,19 @@ def commit(*arguments) -> None:
             mine.copy_(its)
 
 
-# name: head_dim, kv heads, dtype, seed; in turn the rules, coefficients, widths, windows and ways to retain
+# head_dim, kv heads, dtype, seed, steps; in turn the rules, coefficients, widths, windows and ways to retain; 23 steps fill a row
 CASES = {
-    "window=5,sinks=2,retain=0.2,bits=4": (64, 1, BF16, 1),
-    "window=0,sinks=0,retain=0.1,coef=norm": (96, 1, BF16, 2),
-    "merge=slerp,coef=norm,retention=intended,gamma=0.3,window=0,bits=3": (96, 1, FP16, 3),
-    "merge=mean,retention=literal,gamma=0.4,retain=0.2,window=3,k_bits=8,v_bits=2": (32, 1, FP32, 4),
-    "merge=max-norm,merge_k=0,window=1,retention=intended,gamma=0,k_bits=4": (64, 1, FP32, 5),
-    "merge_v=0,window=16,retain=0.3,sinks=0,k_bits=16,v_bits=3": (16, 2, BF16, 7),
-    "merge=slerp,t=0.3,retention=intended,gamma=0.9,sinks=1": (128, 1, FP32, 9),
-    "sinks=0,retain=0,window=2,v_bits=2": (256, 1, FP16, 8),
-    "quant,window=4,sinks=3,k_bits=8,v_bits=4": (128, 1, BF16, 9),
-    "quant,window=0,sinks=0,bits=3": (64, 1, FP16, 10),
-    "window=50,bits=4": (64, 1, FP32, 11),
+    "window=5,sinks=2,retain=0.2,bits=4": (64, 1, BF16, 1, 12),
+    "window=0,sinks=0,retain=0.1,coef=norm": (96, 1, BF16, 2, 23),
+    "merge=slerp,coef=norm,retention=intended,gamma=0.3,window=0,bits=3": (96, 1, FP16, 3, 12),
+    "merge=mean,retention=literal,gamma=0.4,retain=0.2,window=3,k_bits=8,v_bits=2": (32, 1, FP32, 4, 12),
+    "merge=max-norm,merge_k=0,window=1,retention=intended,gamma=0,k_bits=4": (64, 1, FP32, 5, 12),
+    "merge_v=0,window=16,retain=0.3,sinks=0,v_bits=3": (16, 2, BF16, 7, 12),
+    "merge=slerp,t=0.3,retention=intended,gamma=0.9,sinks=1": (128, 1, FP32, 9, 23),
+    "sinks=0,retain=0,window=2,v_bits=2": (256, 1, FP16, 8, 8),
+    "quant,window=4,sinks=3,k_bits=8,v_bits=4": (128, 1, BF16, 9, 8),
+    "quant,window=0,sinks=0,bits=3": (64, 1, FP16, 10, 23),
+    "window=50,bits=4": (64, 1, FP32, 11, 8),
 }
 
 
@@ -50,10 +50,10 @@ CASES = {
 def test_triton_leaves_the_state_of_the_reference(spec: str, interpreter_repairs: None,  # noqa: F811
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a wrong plane, stride, rule, slot, flag or threshold; rows that are done; the last column."""
-    D, G, dtype, seed = CASES[spec]
-    monkeypatch.setattr(test_kernel_commit, "STEPS", 23)        # to the capacity of the first row
+    D, G, dtype, seed, steps = CASES[spec]
+    monkeypatch.setattr(test_kernel_commit, "STEPS", steps)
     (want, length), (got, _) = (run(spec, fast, pytest.MonkeyPatch(), D=D, G=G, dtype=dtype, seed=seed) for fast in (None, commit))
-    assert length[0] == test_kernel_commit.S
+    assert length[0] == 20 + steps
     assert_like(got, want, length, D, dtype)
 
 
@@ -79,7 +79,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability,spec,D", [
     (80, "bits=4", 128), (90, "bits=4,merge=slerp,retention=intended", 128), (90, "bits=3,merge_k=0,window=0", 96),
-    (80, "k_bits=8,v_bits=2", 256), (90, "quant,bits=3", 128), (80, "sinks=0,retain=0", 128)])
+    (80, "k_bits=8,v_bits=2,retention=literal", 256)])
 def test_compiles_ahead_without_spills(capability: int, spec: str, D: int, record_property, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: what only the compiler refuses, and registers that spill to memory."""

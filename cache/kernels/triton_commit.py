@@ -136,21 +136,19 @@ def store(x, member, direction, magnitude, levels, rotation, head, heads, to, N,
     """K or V of a token, vector l at x + l member, into column `to`. Returns the pair's distance in fp32, 0 where each is stored alone."""
     ROW: tl.constexpr = D if BITS == 16 else D * BITS // 8
     d = tl.arange(0, triton.next_power_of_2(D))
-    x0 = tl.load(x + d, mask=d < D, other=0).to(tl.float64)
-    a = tl.sum(x0 * x0, 0)
     column = head * N + to
     if OWN:
         for m in tl.static_range(MEMBERS):
             own, at = x + m * member, column + m * heads * N
-            own_x = tl.load(own + d, mask=d < D, other=0).to(tl.float64)
+            own_x = mix(own, own, 1, 0, d, D)
             norm = tl.sqrt(tl.sum(own_x * own_x, 0))
             length = put(own, own, 1 / tl.maximum(norm, TINY), norm * 0, direction + at * ROW, levels, rotation, BITS, D)
             put_magnitude(magnitude + at, norm / length)
-        return (a * 0).to(tl.float32)
+        return 0.0
     else:
         y = x + member
-        x1 = tl.load(y + d, mask=d < D, other=0).to(tl.float64)
-        b, c = tl.sum(x1 * x1, 0), tl.sum(x0 * x1, 0)
+        x0, x1 = mix(x, y, 1, 0, d, D), mix(x, y, 0, 1, d, D)
+        a, b, c = tl.sum(x0 * x0, 0), tl.sum(x1 * x1, 0), tl.sum(x0 * x1, 0)
         angle = angle_between(a, b, c)
         w0, w1 = weigh(a, b, c, angle, RULE, PROJECTION, T)
         z = w0 * x0 + w1 * x1
@@ -181,49 +179,45 @@ def retain(k, v, member, k_retained, v_retained, scores, positions, exact, score
            SCORED: tl.constexpr, RETENTION: tl.constexpr, SLOTS: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr):
     """The R largest scores so far: the token takes the worst slot if it is better; of equally bad ones the newest goes. One head's."""
     lane = tl.arange(0, SLOTS)
-    least_range, most_range = tl.load(score_range), tl.load(score_range + 1)
     # 1. the worst slot, lane by lane, then of all lanes
-    low, newest, slot = tl.full([SLOTS], float("inf"), tl.float32), tl.full([SLOTS], -1, tl.int32), lane
+    least_of, newest, slot = tl.full([SLOTS], float("inf"), tl.float32), tl.full([SLOTS], -1, tl.int32), lane
     for start in range(0, R, SLOTS):
         score_at = tl.load(scores + start + lane, mask=start + lane < R, other=float("inf"))
         pos_at = tl.load(positions + start + lane, mask=start + lane < R, other=-1)
-        worse = (score_at < low) | ((score_at == low) & (pos_at > newest))
-        low, newest, slot = tl.where(worse, score_at, low), tl.where(worse, pos_at, newest), tl.where(worse, start + lane, slot)
-    worst_score = tl.min(low, 0)
-    old = tl.max(tl.where(low == worst_score, newest, -1), 0)
-    worst = tl.min(tl.where((low == worst_score) & (newest == old), slot, R), 0)
+        worse = (score_at < least_of) | ((score_at == least_of) & (pos_at > newest))
+        least_of, newest, slot = tl.where(worse, score_at, least_of), tl.where(worse, pos_at, newest), tl.where(worse, start + lane, slot)
+    worst_score = tl.min(least_of, 0)
+    old = tl.max(tl.where(least_of == worst_score, newest, -1), 0)
+    worst = tl.min(tl.where((least_of == worst_score) & (newest == old), slot, R), 0)
     # 2. the token's score, and the threshold before and after it
-    before, least = float("-inf"), float("-inf")
-    score = float("-inf")
+    sink, score, before, least = to < sinks, float("-inf"), float("-inf"), float("-inf")
     if SCORED:
         score = -far if RETENTION == "literal" else far
-    score = tl.where(to < sinks, SINK, score)
-    thresholded: tl.constexpr = SCORED and RETENTION != "topk"
-    new_least = tl.where(to < sinks, least_range, tl.minimum(least_range, score))
-    new_most = tl.where(to < sinks, most_range, tl.maximum(most_range, score))
-    if thresholded:
-        before, least = threshold(least_range, most_range, gamma), threshold(new_least, new_most, gamma)
+        low, high = tl.load(score_range), tl.load(score_range + 1)
+        new_low, new_high = tl.where(sink, low, tl.minimum(low, score)), tl.where(sink, high, tl.maximum(high, score))
+        if RETENTION != "topk":
+            before, least = threshold(low, high, gamma), threshold(new_low, new_high, gamma)
+    score = tl.where(sink, SINK, score)
+    wins = score > worst_score
     # 3. writing: no thread is still reading
     tl.debug_barrier()
     if SCORED:
-        tl.store(score_range, new_least)
-        tl.store(score_range + 1, new_most)
-    if thresholded:
-        tl.store(overflow, tl.load(overflow) + tl.where(tl.minimum(score, worst_score) > least, 1, 0))
-    wins = score > worst_score
+        tl.store(score_range, new_low)
+        tl.store(score_range + 1, new_high)
+        if RETENTION != "topk":
+            tl.store(overflow, tl.load(overflow) + tl.where(tl.minimum(score, worst_score) > least, 1, 0))
+            if least != before:         # the winner's slot may be old or new here: its flag is written below
+                for start in range(0, R, SLOTS):
+                    here = (start + lane < R) & ((start + lane != worst) | (wins == 0))
+                    flag = tl.load(scores + start + lane, mask=here, other=0) > least
+                    tl.store(exact + tl.load(positions + start + lane, mask=here, other=0), flag, mask=here)
     if wins:
         tl.store(exact + old, False)
         tl.store(exact + to, score > least)
         tl.store(scores + worst, score)
-        tl.store(positions + worst, to.to(tl.int32))
+        tl.store(positions + worst, to)
         copy(k_retained + worst * D, heads * R * D, k, member, MEMBERS, D)
         copy(v_retained + worst * D, heads * R * D, v, member, MEMBERS, D)
-    if thresholded:
-        if least != before:                 # of the winner's slot either thread may be early: its flag is written above
-            for start in range(0, R, SLOTS):
-                here = (start + lane < R) & ((start + lane != worst) | (wins == 0))
-                score_at = tl.load(scores + start + lane, mask=here, other=0)
-                tl.store(exact + tl.load(positions + start + lane, mask=here, other=0), score_at > least, mask=here)
 
 
 @triton.jit
@@ -239,50 +233,43 @@ def commit(k, v, length, n_new, k_direction, v_direction, k_magnitude, v_magnitu
     n = tl.load(length + head // G).to(tl.int32)
     k += head * D
     v += head * D
+    old_k, old_v, member = k, v, heads * D
     if W > 0:
-        k_window += (head * W + n % W) * D
-        v_window += (head * W + n % W) * D
+        old_k, old_v, member = k_window + (head * W + n % W) * D, v_window + (head * W + n % W) * D, heads * W * D
     if n >= W:                              # a token leaves the window
         to = tl.minimum(n - W, N - 1)
-        member = heads * D * (W if W > 0 else 1)
-        old_k = k_window if W > 0 else k
-        old_v = v_window if W > 0 else v
-        far_k = store(old_k, member, k_direction, k_magnitude, k_levels, rotation, head, heads, to, N, K_BITS, K_OWN, MEMBERS, D,
-                      RULE, PROJECTION, T)
-        far_v = store(old_v, member, v_direction, v_magnitude, v_levels, rotation, head, heads, to, N, V_BITS, V_OWN, MEMBERS, D,
-                      RULE, PROJECTION, T)
+        far_k = store(old_k, member, k_direction, k_magnitude, k_levels, rotation, head, heads, to, N, K_BITS, K_OWN, MEMBERS, D, RULE,
+                      PROJECTION, T)
+        far_v = store(old_v, member, v_direction, v_magnitude, v_levels, rotation, head, heads, to, N, V_BITS, V_OWN, MEMBERS, D, RULE,
+                      PROJECTION, T)
         if RETAINED > 0:
             far = (far_k + far_v) * (1.0 if K_OWN or V_OWN else 0.5)
             retain(old_k, old_v, member, k_retained + head * R * D, v_retained + head * R * D, retained_score + head * R,
-                   retained_pos + head * R, exact + head * N, score_range + head * 2, overflow + head, heads, to, far, R, sinks,
-                   gamma, not (K_OWN and V_OWN), RETENTION, RETAINED, MEMBERS, D)
+                   retained_pos + head * R, exact + head * N, score_range + head * 2, overflow + head, heads, to, far, R, sinks, gamma,
+                   not (K_OWN and V_OWN), RETENTION, RETAINED, MEMBERS, D)
     if W > 0:
         tl.debug_barrier()                  # the token that leaves was read from the slot that is written now
-        copy(k_window, heads * W * D, k, heads * D, MEMBERS, D)
-        copy(v_window, heads * W * D, v, heads * D, MEMBERS, D)
+        copy(old_k, member, k, heads * D, MEMBERS, D)
+        copy(old_v, member, v, heads * D, MEMBERS, D)
 
 
 def commit_triton(*arguments: Tensor | int | float | str) -> None:
-    """The operator: see `launch` for its arguments. Buffers are contiguous."""
+    """The operator (see cache/kernels/__init__.py). Buffers are contiguous."""
     kernel, grid, named, options = launch(*arguments)
     with torch.cuda.device_of(named["k"]):
         kernel[grid](**named, **options)
 
 
-def launch(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, k_direction: Tensor, v_direction: Tensor, k_magnitude: Tensor,
-           v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor, retained_score: Tensor,
-           score_range: Tensor, overflow: Tensor, k_window: Tensor, v_window: Tensor, rotation: Tensor, k_levels: Tensor, v_levels: Tensor,
-           rule: int, coef: str, t: float, retention: str, gamma: float, sinks: int) -> tuple:
-    """(kernel, grid, arguments by name, options); nothing runs, which is what compiling ahead of time needs."""
-    (n, B, G, _, D), N, R = k.shape, k_magnitude.shape[3], k_retained.shape[3]
-    bits, own = zip(*[(x.shape[4] * 8 // D if x.dtype == torch.uint8 else 16, x.shape[0] == n) for x in (k_direction, v_direction)],
-                    strict=True)
-    tensors = {name: x.contiguous() for name, x in dict(k=k, v=v, length=length, n_new=n_new).items()}
-    tensors |= dict(k_direction=k_direction, v_direction=v_direction, k_magnitude=k_magnitude, v_magnitude=v_magnitude, exact=exact,
-                    k_retained=k_retained, v_retained=v_retained, retained_pos=retained_pos, retained_score=retained_score,
-                    score_range=score_range, overflow=overflow, k_window=k_window, v_window=v_window, rotation=rotation, k_levels=k_levels,
-                    v_levels=v_levels)
-    sizes = dict(N=N, R=R, sinks=sinks, gamma=gamma, G=G, W=k_window.shape[3], D=D, MEMBERS=n, K_BITS=bits[0], V_BITS=bits[1], K_OWN=own[0],
-                 V_OWN=own[1], RULE=rule, PROJECTION=coef == "projection", T=t, RETENTION=retention,
-                 RETAINED=min(triton.next_power_of_2(R), SLOTS_AT_ONCE) if R else 0)
-    return commit, (B * G,), tensors | sizes, {"num_warps": 4, "enable_fp_fusion": False}
+def launch(*arguments: Tensor | int | float | str) -> tuple:
+    """The operator's arguments -> (kernel, grid, arguments by name, options); nothing runs, as compiling ahead of time needs it."""
+    *tensors, rule, coef, t, retention, gamma, sinks = arguments
+    named = dict(zip(commit.arg_names, tensors, strict=False))          # the kernel's tensors are the operator's, in its order
+    named |= {name: named[name].contiguous() for name in ("k", "v", "length", "n_new")}
+    (n, B, G, _, D), N, R, W = named["k"].shape, *(named[name].shape[3] for name in ("k_magnitude", "k_retained", "k_window"))
+    named |= dict(N=N, R=R, sinks=sinks, gamma=gamma, G=G, W=W, D=D, MEMBERS=n, RULE=rule, PROJECTION=coef == "projection", T=t,
+                  RETENTION=retention, RETAINED=min(triton.next_power_of_2(R), SLOTS_AT_ONCE) if R else 0)
+    for x in "kv":
+        direction = named[f"{x}_direction"]
+        named[f"{x.upper()}_BITS"] = direction.shape[4] * 8 // D if direction.dtype == torch.uint8 else 16
+        named[f"{x.upper()}_OWN"] = direction.shape[0] == n
+    return commit, (B * G,), named, {"num_warps": 4, "enable_fp_fusion": False}
