@@ -160,7 +160,7 @@ class SplitGroup(LayerGroup):
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
-        if self.form == "cpp" and self.commits_fast and k.shape[3] == 1 and rows is None:
+        if self.form != "reference" and self.commits_fast and k.shape[3] == 1 and rows is None:
             return self.commit_fast(k, v, length, n_new)
         T, W, last = k.shape[3], self.W, self.k_magnitude.shape[3] - 1
         B, G = self.retained_pos.shape[:2]

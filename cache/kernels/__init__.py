@@ -1,7 +1,7 @@
 """Fast forms of a decode step's two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
 
     minicache::attend(...) -> (y, y_rotated), both [B, H, D] fp32; attention is y + y_rotated @ rotation^T     cache/base.py
-    minicache::commit(...), k and v [n, B, G, 1, D]: SplitGroup.commit for n <= 2, heads apart; C++ only       cache/split.py
+    minicache::commit(...), k and v [n, B, G, 1, D]: SplitGroup.commit for n <= 2, heads apart                cache/split.py
 
 Both take the buffers of one layer group as they are (see SplitGroup); attend only reads, commit writes in place. Where a part is absent its
 tensors are empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are uint8; their bits follow from the last

@@ -1,7 +1,8 @@
 """`minicache::attend` on CUDA: what to launch, and how the work is cut. The device code is in triton_kernels.py.
 
-`load()` registers it; `attend_triton` has the operator's arguments. No host sync: a row's length is read on the device, so the cost follows
-what is filled, and a CUDA graph may hold the launches. Scratch is allocated here, from the graph's pool when one is captured.
+`load()` registers it, and commit beside it; `attend_triton` has the operator's arguments. No host sync: a row's length is read on the
+device, so the cost follows what is filled, and a CUDA graph may hold the launches. Scratch is allocated here, from the graph's pool when
+one is captured.
 Trap: triton is imported by the first call, not by this module; torch's CUDA wheels bring it.
 """
 import functools
@@ -16,14 +17,15 @@ RESIDENT_WARPS = 16     # of one multiprocessor: what 128 registers a thread lea
 
 @functools.cache
 def load() -> bool:
-    """Register the CUDA form, once. False where triton or a CUDA device of capability 8.0 (bf16 in tensor cores) is absent."""
+    """Register both operators for CUDA, once. False where triton or a device of capability 8.0 (bf16 in tensor cores) is absent."""
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     try:
-        import cache.kernels.triton_kernels  # noqa: F401
+        from cache.kernels.triton_commit import commit_triton
     except ImportError:
         return False
     library.impl("attend", attend_triton, "CUDA")
+    library.impl("commit", commit_triton, "CUDA")
     return True
 
 

@@ -1,0 +1,97 @@
+"""The Triton form of `commit` against the reference, without a GPU: in Triton's interpreter, and compiled ahead for sm_80 and sm_90.
+
+The stream, its comparison and the hard vectors are those of the C++ form. The interpreter must be chosen before triton is imported, so its
+cases run in a child process, this file again with TRITON_INTERPRET=1; with CUDA they run for real instead.
+Trap: the interpreter runs one thread, so what a barrier guards shows on a device only.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_kernel_commit
+import torch
+from test_kernel_commit import assert_like, run
+from test_kernel_triton import BF16, DEVICE, FP16, FP32, INTERPRETED, compiled, interpreter_repairs, runs_kernels  # noqa: F401
+from test_split import make, setting
+from torch import Tensor
+
+from cache.kernels import triton_commit
+
+
+def commit(*arguments) -> None:
+    """The operator on buffers that stand on the CPU."""
+    there = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments]
+    triton_commit.commit_triton(*there)
+    for mine, its in zip(arguments, there, strict=True):
+        if mine is not its:
+            mine.copy_(its)
+
+
+# head_dim, kv heads, dtype, seed, steps; in turn the rules, coefficients, widths, windows and ways to retain; 23 steps fill a row
+CASES = {
+    "window=5,sinks=2,retain=0.2,bits=4": (64, 1, BF16, 1, 12),
+    "window=0,sinks=0,retain=0.1,coef=norm": (96, 1, BF16, 2, 23),
+    "merge=slerp,coef=norm,retention=intended,gamma=0.3,window=0,bits=3": (96, 1, FP16, 3, 12),
+    "merge=mean,retention=literal,gamma=0.4,retain=0.2,window=3,k_bits=8,v_bits=2": (32, 1, FP32, 4, 12),
+    "merge=max-norm,merge_k=0,window=1,retention=intended,gamma=0,k_bits=4": (64, 1, FP32, 6, 23),
+    "merge_v=0,window=16,retain=0.3,sinks=0,v_bits=3": (16, 2, BF16, 7, 12),
+    "merge=slerp,t=0.3,retention=intended,gamma=0.9,sinks=1": (128, 1, FP32, 9, 23),
+    "sinks=0,retain=0,window=2,v_bits=2": (256, 1, FP16, 8, 8),
+    "quant,window=4,sinks=3,k_bits=8,v_bits=4": (128, 1, BF16, 9, 8),
+    "quant,window=0,sinks=0,bits=3": (64, 1, FP16, 10, 23),
+    "window=50,bits=4": (64, 1, FP32, 11, 8),
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("spec", CASES)
+def test_triton_leaves_the_state_of_the_reference(spec: str, interpreter_repairs: None,  # noqa: F811
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a wrong plane, stride, rule, slot, flag or threshold; rows that are done; the last column."""
+    D, G, dtype, seed, steps = CASES[spec]
+    monkeypatch.setattr(test_kernel_commit, "STEPS", steps)
+    monkeypatch.setattr(triton_commit, "SLOTS_AT_ONCE", 4)
+    (want, length), (got, _) = (run(spec, fast, pytest.MonkeyPatch(), D=D, G=G, dtype=dtype, seed=seed) for fast in (None, commit))
+    assert length[0] == 20 + steps
+    assert_like(got, want, length, D, dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("rule", ["slerp", "mean", "max-norm", "optimal"])
+@pytest.mark.parametrize("coef", ["norm", "projection"])
+def test_triton_on_vectors_that_break_formulas(rule: str, coef: str, interpreter_repairs: None,  # noqa: F811
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: zero, alike, opposed, huge and tiny layers: nothing that is not finite, and the reference's magnitudes."""
+    monkeypatch.setattr(test_kernel_commit, "builds", lambda: [commit])
+    test_kernel_commit.test_vectors_that_break_formulas(rule, coef, pytest.MonkeyPatch())
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the cases run in this process")
+def test_in_the_interpreter() -> None:
+    """Guards: device code that no machine without a GPU would ever run."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "test_triton_", __file__]
+    environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[1]
+    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert child.returncode == 0 and f"{len(CASES) + 8} passed" in child.stdout, child.stdout[-3000:] + child.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("capability,spec,D", [
+    (80, "bits=4", 128), (90, "bits=4,merge=slerp,retention=intended", 128), (90, "bits=3,merge_k=0,window=0", 96),
+    (80, "k_bits=8,v_bits=2,retention=literal", 256)])
+def test_compiles_ahead_without_spills(capability: int, spec: str, D: int, record_property, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: what only the compiler refuses, and registers that spill to memory."""
+    planned = []
+    monkeypatch.setattr(torch.ops.minicache, "commit", lambda *arguments: planned.append(triton_commit.launch(*arguments)))
+    group = make(setting(spec), D=D, S=4096, dtype=BF16)
+    group.form, new = "triton", torch.zeros(len(group.layers), 3, 2, 1, D, dtype=BF16)
+    group.commit(new, new, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+    (kernel, _, arguments, options), = planned
+    registers, stack, shared = compiled(kernel, arguments, options, capability, tmp_path)
+    line = f"sm_{capability}, {spec}, D {D}: {registers} registers, {stack} bytes spilled, {shared} bytes shared"
+    record_property("commit", line)
+    print(line)
+    assert stack == 0 and registers <= 128 and shared <= 8192
