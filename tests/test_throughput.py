@@ -5,6 +5,10 @@ Speeds are not tested, only that they are there and belong to the work that was 
 import io
 import json
 import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +123,31 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch, run_out, capsys) -> None:
     status, result = run_out("--batch-sizes", "1,2", "--cache", "full", "minicache")
     assert status == 130 and result["interrupted"] and [("error" in row) for row in result["rows"]] == [True, False]
     assert "full, batch 1: no room" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_child(kind, monkeypatch, tmp_path) -> None:
+    """Guards a process that measures on after Ctrl-C or `timeout`, and the second signal of `timeout`, which must not end the report."""
+    child = tmp_path / "child"
+    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/started\nmv {tmp_path}/started {tmp_path}/pid\nexec sleep 60\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+
+    def send() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), kind)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        threading.Thread(target=send).start()
+        with pytest.raises(KeyboardInterrupt):
+            cells.measure_apart(Cell("cpu", "float32"))
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+        if kind == signal.SIGTERM:
+            signal.raise_signal(kind)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_named_shape_of_few_layers(here, run_out, monkeypatch) -> None:

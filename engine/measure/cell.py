@@ -53,13 +53,15 @@ class Cell:
 
 
 def measure_apart(cell: Cell) -> dict:
-    """The figures of `cell`, or {"error": one line}. KeyboardInterrupt ends the child, too."""
+    """The figures of `cell`, or {"error": one line}. Ctrl-C and SIGTERM raise KeyboardInterrupt and end the child, too."""
     root = Path(__file__).resolve().parents[2]
+    before = signal.signal(signal.SIGTERM, interrupt)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the child and the child's children
     child = subprocess.Popen([sys.executable, "-m", "engine.measure.cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                              cwd=root, start_new_session=True)
     try:
         answer, _ = child.communicate(json.dumps(asdict(cell)))
+        signal.signal(signal.SIGTERM, before)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -68,6 +70,12 @@ def measure_apart(cell: Cell) -> dict:
         why = " (killed: out of memory?)" if child.returncode == -9 else ""
         return {"error": f"the measuring process ended with status {child.returncode}{why}"}
     return json.loads(answer.splitlines()[-1])
+
+
+def interrupt(*_: object) -> None:
+    """SIGTERM as Ctrl-C, once: `timeout` sends it twice, and the second must not end the report of what was measured."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """How many rows fit and how fast they run: a card from integers first, then measurements, one process a cell.
 
 Contract: every cache (and peer) runs the same prompts of random ids, greedy, without stop ids; caches alternate within each batch size.
-Ceiling and achieved GB/s count what a step must read: see card.py. Ctrl-C keeps the cells that are done.
+Ceiling and achieved GB/s count what a step must read: see card.py. Ctrl-C and SIGTERM keep the cells that are done.
 Trap: on CPU peak bytes are the resident set with Python and torch in it, and --fill-memory is a count of rows, not an enforced limit.
 """
 import argparse
@@ -260,18 +260,18 @@ def print_cards(cards: Sequence[dict], base: Cell, load: Load, memory: int | Non
 
 
 def plot(rows: Sequence[dict], path: str) -> None:
-    """Tokens/s and memory over the batch, one line a cache."""
+    """Tokens/s and memory beyond the weights over the batch, one line a cache."""
     figure, ((speed, memory),) = new_figure(1, 2)
     for name in dict.fromkeys(row["cache"] for row in rows):
         points = sorted((row for row in rows if row["cache"] == name), key=lambda row: row["batch"])
         batch = [row["batch"] for row in points]
         line, = speed.plot(batch, [row["tokens_per_s"] for row in points], marker="o", label=name)
-        memory.plot(batch, [row["peak_bytes"] / 1e9 for row in points], marker="o", color=line.get_color())
-        if all(row["kv_bytes_allocated"] for row in points):
-            memory.plot(batch, [row["kv_bytes_allocated"] / 1e9 for row in points], marker=".", linestyle=":", color=line.get_color())
+        for key, style in (("peak_above_weights_bytes", "o-"), ("kv_bytes_allocated", ".:")):
+            if all(row[key] for row in points):         # gpt-fast's peak is that of its own process
+                memory.plot(batch, [row[key] / 1e9 for row in points], style, color=line.get_color())
     speed.set(title="New tokens a second, prompts included (higher is better)", xlabel="rows decoded together", ylabel="tokens/s")
-    memory.set(title="Memory: solid, peak of the process; dotted, KV cache alone", xlabel="rows decoded together", ylabel="GB (1e9 bytes)")
-    memory.set_yscale("log")        # a small model's cache is far below the process that holds it
+    memory.set(title="Memory: solid, peak above the weights; dotted, KV cache alone", xlabel="rows decoded together",
+               ylabel="GB (1e9 bytes)")
     speed.set_ylim(bottom=0)
     for axes in (speed, memory):
         axes.set_xticks(sorted({row["batch"] for row in rows}))
