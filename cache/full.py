@@ -17,6 +17,10 @@ class FullLayer(LayerGroup):
         self.sliding_window = sliding_window
         for name in ("k", "v"):
             self.register_buffer(name, torch.zeros(batch, n_kv_head, max_seq_len, head_dim, dtype=dtype, device=device), persistent=False)
+        none, slots = torch.empty(0, device=device), torch.empty(batch, n_kv_head, 0, device=device)
+        columns = self.k.new_empty(1, batch, n_kv_head, 0, head_dim)
+        # a split group's buffers, all that are not here: see cache/kernels
+        self.absent = (none, none, slots.bool(), columns, columns, slots.int(), slots, slots, slots.int(), columns, columns, *[none] * 3)
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
         """The operator, or: write first, then SDPA over all columns, the step's own token being a column like the others."""
@@ -33,12 +37,9 @@ class FullLayer(LayerGroup):
         return attend_exact(q, keys, values, mask[:, None])
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        B, G, _, D = self.k.shape
-        none, no_slots, no_columns = torch.empty(0, device=q.device), self.k.new_empty(B, G, 0), self.k.new_empty(1, B, G, 0, D)
-        y, _ = torch.ops.minicache.attend(
-            q[:, :, 0], none, k[:, :, 0], v[:, :, 0], length, self.k[None], self.v[None], none, none, no_slots.bool(), no_columns,
-            no_columns, no_slots.int(), no_slots.float(), none, no_columns, no_columns, none, none, 0, self.sliding_window or 0)
-        return y.to(q.dtype)[:, :, None]
+        y = torch.ops.minicache.attend(q, k, v, length, self.absent[0], self.k[None], self.v[None], *self.absent, 0,
+                                       self.sliding_window or 0)
+        return y.to(q.dtype)
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:

@@ -19,8 +19,8 @@ from cache.merge import RULES, distance, max_norm, mean, merge, optimal, slerp
 FAST_RULES = (slerp, mean, max_norm, optimal)       # what minicache::commit knows; a rule of your own runs as it is written
 SINK = 2.0          # above every distance: the first tokens are always kept
 KINDS.update({f"{x}_{kind}": kind for x in "kv" for kind in ("direction", "magnitude", "retained", "window")})
-KINDS.update(dict.fromkeys(("exact", "retained_pos", "retained_score", "score_range", "overflow", "rotation", "levels", "cuts"),
-                           "bookkeeping"))
+KINDS.update(dict.fromkeys(("exact", "retained_pos", "retained_score", "score_range", "overflow", "code_rotation", "k_levels",
+                            "v_levels", "cuts"), "bookkeeping"))
 
 
 class SplitGroup(LayerGroup):
@@ -30,6 +30,7 @@ class SplitGroup(LayerGroup):
     x_retained [n, B, G, R, D]; x_window [n, B, G, W, D] (ring);
     exact [B, G, N]: this merged column is masked; retained_pos, retained_score [B, G, R] (empty slot: -inf);
     score_range [B, G, 2]: least and largest score so far; overflow [B, G]: tokens past the threshold that found no slot or lost it.
+    The codec's tables are registered here as well, so that the buffers in order are what the operators take.
     """
 
     def __init__(self, layers: tuple[int, ...], config: CacheConfig, *, batch: int, n_kv_head: int, max_seq_len: int, head_dim: int,
@@ -52,14 +53,21 @@ class SplitGroup(LayerGroup):
         for x in "kv":
             m, bits = 1 if self.merged[x] else n, config.k_bits if x == "k" else config.v_bits
             buffer(f"{x}_direction", m, B, G, N, D if bits == 16 else D * bits // 8, dtype=dtype if bits == 16 else torch.uint8)
+        for x in "kv":
             buffer(f"{x}_magnitude", n, B, G, N, dtype=small)
-            buffer(f"{x}_retained", n, B, G, R, D)
-            buffer(f"{x}_window", n, B, G, self.W, D)
         buffer("exact", B, G, N if R else 0, dtype=torch.bool)
+        for x in "kv":
+            buffer(f"{x}_retained", n, B, G, R, D)
         buffer("retained_pos", B, G, R, dtype=torch.int32, fill=N - 1)
         buffer("retained_score", B, G, R, dtype=torch.float32, fill=float("-inf"))
         buffer("score_range", B, G, 2, dtype=torch.float32)
         buffer("overflow", B, G, dtype=torch.int32)
+        for x in "kv":
+            buffer(f"{x}_window", n, B, G, self.W, D)
+        none = torch.empty(0, device=device)
+        tables = {"code_rotation": next((codec.rotation for codec in self.codec.values()), none)}
+        for name, table in (tables | {f"{x}_levels": self.codec[x].levels if x in self.codec else none for x in "kv"}).items():
+            self.register_buffer(name, table, persistent=False)
         self.reset()
 
     def reset(self, rows: Tensor | None = None) -> None:
@@ -147,16 +155,9 @@ class SplitGroup(LayerGroup):
         return out[0], out[1]
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        none = torch.empty(0, device=q.device)
-        q_rotated = q[:, :, 0].float() @ self.rotation("k") if "k" in self.codec else none
-        y, y_rotated = torch.ops.minicache.attend(
-            q[:, :, 0], q_rotated, k[:, :, 0], v[:, :, 0], length, self.k_direction, self.v_direction, self.k_magnitude, self.v_magnitude,
-            self.exact, self.k_retained, self.v_retained, self.retained_pos, self.retained_score, self.threshold(self.score_range),
-            self.k_window, self.v_window, *(self.codec[x].levels if x in self.codec else none for x in "kv"), index,
-            self.sliding_window or 0)
-        if "v" in self.codec:
-            y = y + y_rotated @ self.rotation("v").mT
-        return y.to(q.dtype)[:, :, None]
+        y = torch.ops.minicache.attend(q, k, v, length, self.threshold(self.score_range), *self._buffers.values(), index,
+                                       self.sliding_window or 0)
+        return y.to(q.dtype)
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
@@ -200,12 +201,8 @@ class SplitGroup(LayerGroup):
             self.write_window(k, v, length, n_new, b, g)
 
     def commit_fast(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor) -> None:
-        none, c = torch.empty(0, device=k.device), self.config
-        torch.ops.minicache.commit(
-            k, v, length, n_new, self.k_direction, self.v_direction, self.k_magnitude, self.v_magnitude, self.exact, self.k_retained,
-            self.v_retained, self.retained_pos, self.retained_score, self.score_range, self.overflow, self.k_window, self.v_window,
-            *[codec.rotation for codec in self.codec.values()][:1] or [none],
-            *(self.codec[x].levels if x in self.codec else none for x in "kv"), self.rule or 0, c.coef, c.t, c.retention, c.gamma, c.sinks)
+        c = self.config
+        torch.ops.minicache.commit(k, v, length, n_new, *self._buffers.values(), self.rule or 0, c.coef, c.t, c.retention, c.gamma, c.sinks)
 
     def split(self, x: Tensor, merged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [n, B', G, T, D] fp32 -> direction [m, B', G, T, D], magnitude [n, B', G, T], distance [B', G, T] (None where not merged)."""

@@ -114,17 +114,12 @@ def filled(spec: str, *, heads: tuple[int, int], D: int, S: int, lengths: list[i
     return group, q.to(dtype), k[..., -1, :], v[..., -1, :], length
 
 
-def buffers(group: LayerGroup, q: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """The operator's q_rotated, its stored tensors in order, and V's rotation (None: not coded)."""
-    none = q.new_empty(0)
+def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> tuple:
+    """What the operator takes, from a group; q [B, H, D], k, v [B, G, D]."""
+    new, rest = (q[:, :, None], k[:, :, None], v[:, :, None], length), (index, group.sliding_window or 0)
     if hasattr(group, "k"):
-        flag, slot, score = (torch.empty(0, dtype=dtype, device=DEVICE) for dtype in (torch.bool, torch.int32, torch.float32))
-        return score, [group.k[None], group.v[None], none, none, flag, none, none, slot, score, score, none, none, score, score], None
-    names = ("direction", "magnitude", "exact", "retained", "retained_pos", "retained_score")
-    stored = [getattr(group, name) for kind in names for name in ([f"{x}_{kind}" for x in "kv"] if not hasattr(group, kind) else [kind])]
-    levels = [group.codec[x].levels if x in group.codec else none for x in "kv"]
-    q_rotated = q.float() @ group.codec["k"].rotation if "k" in group.codec else none.float()
-    return q_rotated, [*stored, group.threshold(group.score_range), group.k_window, group.v_window, *levels], group.rotation("v")
+        return (*new, group.absent[0], group.k[None], group.v[None], *group.absent, *rest)
+    return (*new, group.threshold(group.score_range), *group._buffers.values(), *rest)
 
 
 def assert_equal(group: LayerGroup, q: Tensor, k: Tensor, v: Tensor, length: Tensor, attend=triton_attend.attend_triton) -> None:
@@ -132,9 +127,7 @@ def assert_equal(group: LayerGroup, q: Tensor, k: Tensor, v: Tensor, length: Ten
     for i in range(len(q)):
         columns = [*group.columns(i, length, length[:, None], None), Columns(k[i][:, :, None], v[i][:, :, None], own)]
         expected = attend_columns(q[i][:, :, None].float(), k.shape[2], columns)[:, :, 0]
-        q_rotated, stored, rotation = buffers(group, q[i])
-        y, y_rotated = attend(q[i], q_rotated, k[i], v[i], length, *stored, i, group.sliding_window or 0)
-        y = y if rotation is None else y + y_rotated @ rotation.mT
+        y = attend(*arguments(group, i, q[i], k[i], v[i], length))[:, :, 0]
         error = (y - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))
         assert (error < TOLERANCE[q.dtype]).all(), f"member {i}: {error.tolist()} of the largest output, by row"
 
@@ -189,15 +182,14 @@ def test_replays_as_a_cuda_graph_for_any_length() -> None:
     assert triton_attend.load()
     group, q, k, v, length = filled("minicache,merge_from=0,bits=4", heads=(32, 8), D=128, S=2000, lengths=[1900, 1700], dtype=BF16,
                                     sliding_window=None)
-    q_rotated, stored, rotation = buffers(group, q[0])
     seen, step = length.clone(), torch.compile(lambda *x: torch.ops.minicache.attend(*x), fullgraph=True)
-    arguments = (q[0], q_rotated, k[0], v[0], seen, *stored, 0, 0)
-    step(*arguments)
+    inputs = arguments(group, 0, q[0], k[0], v[0], seen)
+    step(*inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*arguments)
+        captured = step(*inputs)
 
-    def replay(q, q_rotated, k, v, length, *rest):
+    def replay(q, k, v, length, *rest):
         seen.copy_(length)
         graph.replay()
         return captured

@@ -1,11 +1,12 @@
 """Fast forms of a decode step's two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
 
-    minicache::attend(...) -> (y, y_rotated), both [B, H, D] fp32; attention is y + y_rotated @ rotation^T     cache/base.py
-    minicache::commit(...), k and v [n, B, G, 1, D]: SplitGroup.commit for n <= 2, heads apart                cache/split.py
+    minicache::attend(...) -> y [B, H, 1, D] fp32, from q [B, H, 1, D], k and v [B, G, 1, D]                   cache/base.py
+    minicache::commit(...), k and v [n, B, G, 1, D]: SplitGroup.commit for n <= 2, heads apart                 cache/split.py
 
-Both take the buffers of one layer group as they are (see SplitGroup); attend only reads, commit writes in place. Where a part is absent its
-tensors are empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are uint8; their bits follow from the last
-dimension. Trap: an operator that wrote what its schema does not mark would be right in eager and wrong when compiled.
+Both take the buffers of one layer group as they are, in the order in which SplitGroup registers them; attend only reads, commit writes in
+place. Where a part is absent its tensors are empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are
+uint8; their bits follow from the last dimension. Trap: an operator that wrote what its schema does not mark would be right in eager and
+wrong when compiled.
 """
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 # define + impl: a call costs 4 us, @custom_op over 20
 library = torch.library.Library("minicache", "DEF")
 library.define(
-    "attend(Tensor q, Tensor q_rotated, Tensor k, Tensor v, Tensor length, Tensor k_stored, Tensor v_stored, Tensor k_magnitude, "
-    "Tensor v_magnitude, Tensor exact, Tensor k_retained, Tensor v_retained, Tensor retained_pos, Tensor retained_score, Tensor threshold, "
-    "Tensor k_window, Tensor v_window, Tensor k_levels, Tensor v_levels, int index, int sliding_window) -> (Tensor, Tensor)")
+    "attend(Tensor q, Tensor k, Tensor v, Tensor length, Tensor threshold, Tensor k_direction, Tensor v_direction, Tensor k_magnitude, "
+    "Tensor v_magnitude, Tensor exact, Tensor k_retained, Tensor v_retained, Tensor retained_pos, Tensor retained_score, "
+    "Tensor score_range, Tensor overflow, Tensor k_window, Tensor v_window, Tensor rotation, Tensor k_levels, Tensor v_levels, "
+    "int index, int sliding_window) -> Tensor")
 library.define(
     "commit(Tensor k, Tensor v, Tensor length, Tensor n_new, Tensor(a!) k_direction, Tensor(b!) v_direction, Tensor(c!) k_magnitude, "
     "Tensor(d!) v_magnitude, Tensor(e!) exact, Tensor(f!) k_retained, Tensor(g!) v_retained, Tensor(h!) retained_pos, "
@@ -24,8 +26,8 @@ library.define(
 
 
 @torch.library.register_fake("minicache::attend", lib=library)
-def _(q: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
+def _(q: Tensor, *args) -> Tensor:
+    return torch.empty(q.shape, device=q.device)
 
 
 @torch.library.register_fake("minicache::commit", lib=library)

@@ -4,20 +4,18 @@
 // no arithmetic knows a mask. The list of one kv head is cut into tasks of TASK columns: merged columns, and all exact ones (retained,
 // window, the new token). A task goes through a block of columns at a time (block.h), for the H / G query heads of its kv head together:
 //     K rows -> scratch -> scores -> online softmax -> V rows -> the same scratch -> y += p V
-// and leaves (y, maximum, total) per head; the tasks of a kv head are then joined by log-sum-exp. Where tasks start depends on the row's
-// own length alone, so a row's result depends neither on its neighbours nor on the number of threads.
+// and leaves (y, maximum, total) per head; the tasks of a kv head are then joined by log-sum-exp. Queries are rotated before the tasks,
+// sums of codes are rotated back when joined. Where tasks start depends on the row's own length alone, so a row's result depends neither on
+// its neighbours nor on the number of threads.
 #include "block.h"
 
 namespace {
 
 constexpr int TASK = 512;
 
-struct Args {       // filled by cache/kernels/cpp.py in this order, eight bytes each
-    const char* q; const float* q_rotated; const char *k, *v; const int64_t* length;
-    const char *k_stored, *v_stored, *k_magnitude, *v_magnitude; const uint8_t* exact;
-    const char *k_retained, *v_retained; const int32_t* retained_pos; const float *retained_score, *threshold;
-    const char *k_window, *v_window; const float *k_levels, *v_levels; float *y, *y_rotated;
-    int64_t B, H, G, D, N, R, W, k_bits, v_bits, k_own, v_own, index, dtype, half_magnitude, sliding_window, threads;
+struct Args : State {       // filled by cache/kernels/cpp.py in this order, eight bytes each
+    const char *q, *k, *v; const int64_t* length; const float* threshold; float* y;
+    int64_t B, H, index, sliding_window, threads;
 };
 
 struct Task { int64_t b, g, first, last; bool exact; };     // columns first .. last of the merged ones, or of retained + window + new token
@@ -28,6 +26,7 @@ struct Worker {
     const Format &k_codes, &v_codes, plain;
     const Format *k_format = nullptr, *v_format = nullptr;      // of the task at hand
     const int heads, D, P;
+    const float* rotated;                   // queries in the basis of the codes [B, H, D]
     int n = 0;                              // columns in the block
     const char *k[BLOCK], *v[BLOCK];
     float k_scale[BLOCK], v_scale[BLOCK];
@@ -36,9 +35,10 @@ struct Worker {
     std::vector<int32_t> q_pairs, p_pairs;
     float *y = nullptr, *top = nullptr, *total = nullptr;
 
-    Worker(const Args& a, const Format& k_codes, const Format& v_codes, int P)
-        : a(a), k_codes(k_codes), v_codes(v_codes), plain((Type)a.dtype, 16, nullptr), heads(a.H / a.G), D(a.D), P(P), scratch(D, P),
-          q(heads * P), s(heads * BLOCK), k_by(heads), v_by(heads), q_pairs(heads * P / 2), p_pairs(heads * BLOCK) {}
+    Worker(const Args& a, const Format& k_codes, const Format& v_codes, int P, const float* rotated)
+        : a(a), k_codes(k_codes), v_codes(v_codes), plain((Type)a.dtype, 16, nullptr), heads(a.H / a.G), D(a.D), P(P),
+          rotated(rotated), scratch(D, P), q(heads * P), s(heads * BLOCK), k_by(heads), v_by(heads), q_pairs(heads * P / 2),
+          p_pairs(heads * BLOCK) {}
 
     void run(const Task& task, float* out) {
         y = out, top = y + heads * P, total = top + heads;
@@ -47,7 +47,7 @@ struct Worker {
         k_format = task.exact ? &plain : &k_codes, v_format = task.exact ? &plain : &v_codes;
         for (int h = 0; h < heads; h++) {
             const int64_t at = task.b * a.H + task.g * heads + h;
-            if (k_format->bits < 16) widen((const char*)(a.q_rotated + at * D), F32, D, P, &q[h * P]);
+            if (k_format->bits < 16) widen((const char*)(rotated + at * D), F32, D, P, &q[h * P]);
             else widen(a.q + at * plain.bytes(D), plain.type, D, P, &q[h * P]);
             k_by[h] = 1 / std::sqrt((float)D);
             if (k_format->pairs) pack_q(h);
@@ -58,7 +58,7 @@ struct Worker {
     void merged_columns(const Task& task) {
         const int64_t head = (task.b * a.G + task.g) * a.N, layer = a.index * a.B * a.G * a.N;
         const int64_t k_row = k_codes.bytes(D), v_row = v_codes.bytes(D);
-        const char *k_from = a.k_stored + a.k_own * layer * k_row, *v_from = a.v_stored + a.v_own * layer * v_row;
+        const char *k_from = a.k_direction + a.k_own * layer * k_row, *v_from = a.v_direction + a.v_own * layer * v_row;
         for (int64_t c = head + task.first, end = head + task.last; c < end; c += BLOCK) {
             const int some = std::min<int64_t>(end - c, BLOCK);
             magnitudes(a.k_magnitude, layer + c, some, k_scale);
@@ -167,21 +167,24 @@ struct Worker {
     }
 };
 
-// The tasks of one kv head joined: each counts by exp(its maximum - the largest).
-void join(const Args& a, const Task* task, int64_t n, const float* partial, int64_t size, int P) {
-    const int heads = a.H / a.G;
+// The tasks of one kv head joined: each counts by exp(its maximum - the largest). What the codes of V give is summed apart, where the
+// rotated queries have served, and rotated back.
+void join(const Args& a, const Task* task, int64_t n, const float* partial, int64_t size, int P, float* rotated) {
+    const int heads = a.H / a.G, D = a.D;
+    std::vector<float> back(D);
     for (int h = 0; h < heads; h++) {
-        const int64_t at = (task->b * a.H + task->g * heads + h) * a.D;
-        float *y = a.y + at, *y_rotated = a.y_rotated + at, most = -1e30f, total = 0;
-        std::fill(y, y + a.D, 0.f), std::fill(y_rotated, y_rotated + a.D, 0.f);
+        const int64_t at = (task->b * a.H + task->g * heads + h) * D;
+        float *y = a.y + at, *of_codes = rotated + at, most = -1e30f, total = 0;
+        std::fill(y, y + D, 0.f), std::fill(of_codes, of_codes + D, 0.f);
         for (int64_t t = 0; t < n; t++) most = std::max(most, partial[t * size + heads * P + h]);
         for (int64_t t = 0; t < n; t++) {
             const float *part = partial + t * size, by = std::exp(part[heads * P + h] - most);
-            float* to = !task[t].exact && a.v_bits < 16 ? y_rotated : y;
-            for (int i = 0; i < a.D; i++) to[i] += by * part[h * P + i];
+            float* to = !task[t].exact && a.v_bits < 16 ? of_codes : y;
+            for (int i = 0; i < D; i++) to[i] += by * part[h * P + i];
             total += by * part[heads * P + heads + h];
         }
-        for (int i = 0; i < a.D; i++) y[i] /= total, y_rotated[i] /= total;
+        if (a.v_bits < 16) score<float, 1>(of_codes, a.rotation, D, D, &back[0]);       // of_codes @ rotation^T
+        for (int i = 0; i < D; i++) y[i] = (y[i] + back[i]) / total;
     }
 }
 
@@ -205,14 +208,21 @@ extern "C" void attend(const Args* args) {
     first.push_back(tasks.size());
     const int64_t size = a.H / a.G * (P + 2), n_tasks = tasks.size(), n_heads = a.B * a.G;
     static thread_local std::vector<float> partial;     // kept between calls: fresh pages cost more than the arithmetic on them
-    if ((int64_t)partial.size() < size * n_tasks) partial.resize(size * n_tasks);
-    float* out = partial.data();
+    const int64_t need = size * n_tasks + a.B * a.H * a.D;
+    if ((int64_t)partial.size() < need) partial.resize(need);
+    float *out = partial.data(), *rotated = out + size * n_tasks;
 #pragma omp parallel num_threads((int)std::min(a.threads, n_tasks))
     {
-        Worker worker(a, k_codes, v_codes, P);
+        Worker worker(a, k_codes, v_codes, P, rotated);
+#pragma omp for
+        for (int64_t i = 0; i < (a.k_bits < 16 ? a.B * a.H : 0); i++) {
+            widen(a.q + i * worker.plain.bytes(a.D), worker.plain.type, a.D, P, &worker.q[0]);
+            rotate(&worker.q[0], a.rotation, a.D, 1, rotated + i * a.D);
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < n_tasks; t++) worker.run(tasks[t], out + t * size);
 #pragma omp for
-        for (int64_t i = 0; i < n_heads; i++) join(a, &tasks[first[i]], first[i + 1] - first[i], out + first[i] * size, size, P);
+        for (int64_t i = 0; i < n_heads; i++)
+            join(a, &tasks[first[i]], first[i + 1] - first[i], out + first[i] * size, size, P, rotated);
     }
 }

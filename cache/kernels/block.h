@@ -76,6 +76,14 @@ INLINE float from_half(uint16_t h) {        // the exponent moves by a multiplic
     return from_bits((h & 0x7fffu) << 13 | (h & 0x8000u) << 16) * 0x1p112f;
 }
 
+// The buffers of one layer group (SplitGroup), null where empty, and what follows from their shapes; filled by `state` in cpp.py.
+struct State {
+    char *k_direction, *v_direction, *k_magnitude, *v_magnitude; uint8_t* exact;
+    char *k_retained, *v_retained; int32_t* retained_pos; float *retained_score, *score_range; int32_t* overflow;
+    char *k_window, *v_window; const float *rotation, *k_levels, *v_levels;
+    int64_t G, D, N, R, W, k_bits, v_bits, k_own, v_own, dtype, half_magnitude;
+};
+
 // What a stored row means: plain numbers of a type (bits 16), or codes and the two halves of the word that a code becomes.
 struct Format {
     int bits;
@@ -248,3 +256,19 @@ template <class T> struct Loops {       // by number of heads - 1; more than 8 g
                                                         score<T, 5>, score<T, 6>, score<T, 7>, score<T, 8>};
     static constexpr decltype(&add<T, 1>) adds[] = {add<T, 1>, add<T, 2>, add<T, 3>, add<T, 4>, add<T, 5>, add<T, 6>, add<T, 7>, add<T, 8>};
 };
+
+// out = x @ rotation * by, a strip at a time so that its sums stay in registers. D is a multiple of LANES, as codes have it.
+inline void rotate(const float* x, const float* rotation, int D, float by, float* out) {
+    constexpr int STRIP = 8;
+    for (int j = 0; j < D; j += STRIP * LANES) {
+        vf acc[STRIP] = {};
+        const int some = std::min(STRIP, (D - j) / LANES);
+        for (int i = 0; i < D; i++) {
+            const float* from = rotation + (int64_t)i * D + j;
+            const vf d = all(x[i]);
+            if (some == STRIP) for (int s = 0; s < STRIP; s++) acc[s] += d * load(from + s * LANES);
+            else for (int s = 0; s < some; s++) acc[s] += d * load(from + s * LANES);
+        }
+        for (int s = 0; s < some; s++) store(out + j + s * LANES, acc[s] * by);
+    }
+}

@@ -14,12 +14,9 @@ typedef float vf4 __attribute__((vector_size(16)));
 enum Rule { SLERP, MEAN, MAX_NORM, OPTIMAL };       // FAST_RULES in cache/split.py
 enum Retention { TOPK, INTENDED, LITERAL };
 
-struct Args {       // filled by cache/kernels/cpp.py in this order, eight bytes each
+struct Args : State {       // filled by cache/kernels/cpp.py in this order, eight bytes each
     const char *k, *v; const int64_t *length, *n_new;
-    char *k_direction, *v_direction, *k_magnitude, *v_magnitude; uint8_t* exact;
-    char *k_retained, *v_retained; int32_t* retained_pos; float *retained_score, *score_range; int32_t* overflow;
-    char *k_window, *v_window; const float *rotation, *k_levels, *v_levels;
-    int64_t n, B, G, D, N, R, W, k_bits, v_bits, k_own, v_own, dtype, half_magnitude, rule, projection, retention, sinks, threads;
+    int64_t n, B, rule, projection, retention, sinks, threads;
     double t, gamma;
 };
 
@@ -149,7 +146,7 @@ struct Writer {
             narrow(&direction[0], type, D, out);
             return 1;
         }
-        rotate();
+        rotate(&direction[0], args.rotation, D, std::sqrt((float)D), &rotated[0]);
         std::fill(code.begin(), code.end(), 0);
         for (int step = 1 << (kind.bits - 1); step; step /= 2)      // code = how many cuts lie below
             for (int i = 0; i < D; i++) {
@@ -167,22 +164,6 @@ struct Writer {
             shift += width;
         }
         return std::sqrt(inner(&rotated[0], &rotated[0], P));
-    }
-
-    void rotate() {             // rotated = direction @ rotation * sqrt(D), a strip at a time so that its sums stay in registers
-        constexpr int STRIP = 8;
-        const float by = std::sqrt((float)D);
-        for (int j = 0; j < D; j += STRIP * LANES) {
-            vf acc[STRIP] = {};
-            const int some = std::min(STRIP, (D - j) / LANES);
-            for (int i = 0; i < D; i++) {
-                const float* from = args.rotation + (int64_t)i * D + j;
-                const vf d = all(direction[i]);
-                if (some == STRIP) for (int s = 0; s < STRIP; s++) acc[s] += d * load(from + s * LANES);
-                else for (int s = 0; s < some; s++) acc[s] += d * load(from + s * LANES);
-            }
-            for (int s = 0; s < some; s++) ::store(&rotated[j + s * LANES], acc[s] * by);
-        }
     }
 
     void magnitude(const Kind& kind, int64_t l, int64_t head, int64_t to, float x) const {

@@ -2,7 +2,7 @@
 
 `load()` builds where needed, registers the form on the operators and says whether it is there; without a compiler it warns once, and the
 reference stays in use. The instructions used follow torch's own choice for its CPU kernels (ATEN_CPU_CAPABILITY lowers both).
-Trap: a C function takes bare pointers in the order of its struct Args; `attend_with` and `commit_with` are the only places that fill one.
+Trap: a C function takes bare pointers in the order of its struct Args; `attend_with`, `commit_with` and `state` alone fill one.
 """
 import ctypes
 import functools
@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,24 +50,16 @@ def build(capability: str) -> Path:
     raise RuntimeError(f"{command[0]} failed: {result.stderr.strip().rpartition(chr(10))[2]}")
 
 
-def attend_with(function: Callable[[bytes], None]) -> Callable[..., tuple[Tensor, Tensor]]:
+def attend_with(function: Callable[[bytes], None]) -> Callable[..., Tensor]:
     """The operator's implementation on the C function of one build."""
 
-    def attend(q: Tensor, q_rotated: Tensor, k: Tensor, v: Tensor, length: Tensor, k_stored: Tensor, v_stored: Tensor, k_magnitude: Tensor,
-               v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor, retained_score: Tensor,
-               threshold: Tensor, k_window: Tensor, v_window: Tensor, k_levels: Tensor, v_levels: Tensor, index: int,
-               sliding_window: int) -> tuple[Tensor, Tensor]:
-        (B, H, D), (m, _, G, N, _), R, W = q.shape, k_stored.shape, k_retained.shape[3], k_window.shape[3]
-        assert k.dtype == v.dtype == k_retained.dtype == k_window.dtype == q.dtype and q_rotated.dtype == torch.float32, "see SplitGroup"
-        y, y_rotated = torch.empty(B, H, D), torch.empty(B, H, D)
-        made = [x.contiguous() for x in (q, q_rotated, k, v, length, threshold)]        # what a step makes may be a view; buffers are whole
-        q, q_rotated, k, v, length, threshold = made
-        tensors = (q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v_magnitude, exact, k_retained, v_retained, retained_pos,
-                   retained_score, threshold, k_window, v_window, k_levels, v_levels, y, y_rotated)
-        function(struct.pack(
-            "37q", *[x.data_ptr() for x in tensors], B, H, G, D, N, R, W, *code_bits(D, k_stored, v_stored), m > 1, v_stored.shape[0] > 1,
-            index, DTYPES[q.dtype], k_magnitude.dtype == torch.float16, sliding_window, torch.get_num_threads()))
-        return y, y_rotated
+    def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Tensor, *rest: Tensor | int) -> Tensor:
+        *buffers, index, sliding_window = rest
+        assert q.dtype == k.dtype == v.dtype == buffers[5].dtype and threshold.is_contiguous(), "see SplitGroup"
+        y, made = torch.empty(q.shape), [x.contiguous() for x in (q, k, v, length)]     # what a step makes may be a view; buffers are whole
+        function(struct.pack("38q", *state(buffers), *[x.data_ptr() for x in (*made, threshold, y)], q.shape[0], q.shape[1], index,
+                             sliding_window, torch.get_num_threads()))
+        return y
 
     return attend
 
@@ -75,25 +67,24 @@ def attend_with(function: Callable[[bytes], None]) -> Callable[..., tuple[Tensor
 def commit_with(function: Callable[[bytes], None]) -> Callable[..., None]:
     """Likewise for `commit`."""
 
-    def commit(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, k_direction: Tensor, v_direction: Tensor, k_magnitude: Tensor,
-               v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor, retained_score: Tensor,
-               score_range: Tensor, overflow: Tensor, k_window: Tensor, v_window: Tensor, rotation: Tensor, k_levels: Tensor,
-               v_levels: Tensor, rule: int, coef: str, t: float, retention: str, gamma: float, sinks: int) -> None:
-        (n, B, G, _, D), N, R, W = k.shape, k_magnitude.shape[3], k_retained.shape[3], k_window.shape[3]
-        assert k.dtype == v.dtype == k_retained.dtype == k_window.dtype and n <= 2, "see SplitGroup"
-        k, v, length, n_new = k.contiguous(), v.contiguous(), length.contiguous(), n_new.contiguous()
-        tensors = (k, v, length, n_new, k_direction, v_direction, k_magnitude, v_magnitude, exact, k_retained, v_retained, retained_pos,
-                   retained_score, score_range, overflow, k_window, v_window, rotation, k_levels, v_levels)
-        function(struct.pack(
-            "38q2d", *[x.data_ptr() for x in tensors], n, B, G, D, N, R, W, *code_bits(D, k_direction, v_direction),
-            k_direction.shape[0] == n, v_direction.shape[0] == n, DTYPES[k.dtype], k_magnitude.dtype == torch.float16, rule,
-            coef == "projection", RETENTION[retention], sinks, torch.get_num_threads(), t, gamma))
+    def commit(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, *rest: Tensor | int | float | str) -> None:
+        *buffers, rule, coef, t, retention, gamma, sinks = rest
+        n, B = k.shape[:2]
+        assert k.dtype == v.dtype == buffers[5].dtype and n <= 2, "see SplitGroup"
+        made = [x.contiguous() for x in (k, v, length, n_new)]
+        function(struct.pack("38q2d", *state(buffers), *[x.data_ptr() for x in made], n, B, rule, coef == "projection",
+                             RETENTION[retention], sinks, torch.get_num_threads(), t, gamma))
 
     return commit
 
 
-def code_bits(D: int, *stored: Tensor) -> list[int]:
-    return [8 * x.shape[4] // D if x.dtype == torch.uint8 else 16 for x in stored]
+def state(buffers: Sequence[Tensor]) -> list[int]:
+    """struct State in block.h: where the buffers of a group lie and what follows from their shapes."""
+    k, v, magnitude, retained, window = (buffers[i] for i in (0, 1, 2, 5, 11))
+    (m, _, G, N, _), R, D = k.shape, *retained.shape[3:]
+    bits = [8 * x.shape[4] // D if x.dtype == torch.uint8 else 16 for x in (k, v)]
+    return [*[x.data_ptr() for x in buffers], G, D, N, R, window.shape[3], *bits, m > 1, v.shape[0] > 1, DTYPES[retained.dtype],
+            magnitude.dtype == torch.float16]
 
 
 @functools.cache

@@ -29,23 +29,24 @@ def load() -> bool:
     return True
 
 
-def attend_triton(q: Tensor, q_rotated: Tensor, k: Tensor, v: Tensor, length: Tensor, k_stored: Tensor, v_stored: Tensor,
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Tensor, k_direction: Tensor, v_direction: Tensor,
                   k_magnitude: Tensor, v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor,
-                  retained_score: Tensor, threshold: Tensor, k_window: Tensor, v_window: Tensor, k_levels: Tensor, v_levels: Tensor,
-                  index: int, sliding_window: int) -> tuple[Tensor, Tensor]:
-    """The operator (see cache/kernels/__init__.py) -> y, y_rotated [B, H, D] fp32. Stored buffers are contiguous."""
+                  retained_score: Tensor, score_range: Tensor, overflow: Tensor, k_window: Tensor, v_window: Tensor, rotation: Tensor,
+                  k_levels: Tensor, v_levels: Tensor, index: int, sliding_window: int) -> Tensor:
+    """The operator (see cache/kernels/__init__.py) -> y [B, H, 1, D] fp32. Stored buffers are contiguous."""
+    q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))
     y, y_rotated = torch.empty(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
-    stored = {"k_stored": k_stored, "v_stored": v_stored, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude, "k_retained": k_retained,
-              "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
+    stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
+              "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
     tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
-    tensors |= {name: x.contiguous() for name, x in dict(q=q, q_rotated=q_rotated, k=k, v=v, length=length).items()}
-    tensors |= dict(exact=exact, retained_pos=retained_pos, retained_score=retained_score, threshold=threshold, k_levels=k_levels,
-                    v_levels=v_levels)
+    q_rotated = q.float() @ rotation if k_levels.numel() else rotation
+    tensors |= dict(q=q, q_rotated=q_rotated, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos,
+                    retained_score=retained_score, threshold=threshold, k_levels=k_levels, v_levels=v_levels)
     sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1      # 1: the interpreter, on CPU
     with torch.cuda.device_of(q):
         for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
             kernel[grid](**arguments, **options)
-    return y, y_rotated
+    return (y + y_rotated @ rotation.mT if v_levels.numel() else y)[:, :, None]
 
 
 def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
