@@ -53,8 +53,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_alignment_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--alignment", metavar="FILE", help="coordinates for the layers that SPEC merges, from bench.py align; none: the "
-                        "checkpoint's own (default: alignment.safetensors beside the checkpoint, if it is there and fits)")
+    parser.add_argument("--alignment", metavar="FILE", help="coordinates for the layers that SPEC merges, from bench.py align, or none "
+                        "(default: alignment.safetensors beside the checkpoint, if it is there and fits)")
 
 
 def build_parser() -> argparse.ArgumentParser:

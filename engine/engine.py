@@ -80,6 +80,8 @@ class Engine:
                         alignment: Alignment | None = None, compile: bool | None = None) -> "Engine":
         """An engine on a checkpoint directory, aligned for what `cache` merges. dtype None: the checkpoint's own."""
         check_sizes(ModelConfig.from_checkpoint(checkpoint), max_batch_size, max_seq_len)
+        if alignment:
+            alignment.wanted(cache, ModelConfig.from_checkpoint(checkpoint).n_layer)
         model = load_model(checkpoint, device=device, dtype=dtype)
         align(model, alignment, cache)
         return cls(model, max_batch_size=max_batch_size, max_seq_len=max_seq_len, cache=cache, compile=compile)

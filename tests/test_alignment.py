@@ -15,6 +15,7 @@ import bench
 from cache import CacheConfig
 from engine.compare import forced_logits
 from engine.engine import Engine
+from engine.measure import merge_loss
 from engine.measure.align import fit, head_order
 from engine.measure.merge_loss import Group, States
 from model import ModelConfig
@@ -123,12 +124,9 @@ def test_the_closed_form_finds_hidden_coordinates() -> None:
     states, cache = made_states(hidden=True), CacheConfig.parse("minicache,window=2,sinks=1")
     assert head_order(*states).tolist() == [1, 2, 0]
     maps, row = fit((4, 5), states, cache, None, steps=0, invertible=False)
-    assert row["order"] == "0,1,2 1,2,0" and min(row["k_before"], row["v_before"]) > .02
-    assert row["k_after"] < .02 * row["k_before"] + CODES and row["v_after"] < .02 * row["v_before"] + CODES
+    assert row["order"] == "0,1,2 1,2,0" and min(row["k_before"], row["v_before"]) > .08
+    assert row["k_after"] < .15 * row["k_before"] and row["v_after"] < .15 * row["v_before"]        # what is left is the codes' noise
     assert (torch.linalg.svdvals(maps[5].v) - 1).abs().max() < 1e-4 and (maps[5].k.abs() - 1).abs().max() < 1e-4
-
-
-CODES = .02     # what 4-bit code noise alone costs here
 
 
 def test_refining_lowers_the_loss_and_keeps_its_kind() -> None:
@@ -170,15 +168,21 @@ def test_a_file_comes_back(stored: tuple[Path, ModelConfig]) -> None:
 
 BAD = {
     "not orthogonal": (lambda t, m: m.update(map="orthogonal"), "not orthogonal"),
-    "near singular": (lambda t, m: t.update({"1.v": t["1.v"] * torch.logspace(0, 3, 16)[:, None]}), "condition number"),
+    "near singular": (lambda t, m: t.update({"1.v": t["1.v"] * torch.logspace(0, 3, 16)[:, None]}), "condition number|stretches"),
     "not finite": (lambda t, m: t["2.k"].fill_(float("nan")), "not finite"),
+    "huge": (lambda t, m: t["2.v"].mul_(1e30), "stretches by more than 64"),
+    "a head of zeros": (lambda t, m: t["1.v"][1].zero_(), "shrinks to 0"),
+    "K of zeros": (lambda t, m: t["1.k"].zero_(), "shrinks to 0"),
+    "no groups": (lambda t, m: m.update(groups="[]"), "not lists of layers"),
+    "groups missing": (lambda t, m: m.pop("groups"), "None are not lists"),
+    "many groups": (lambda t, m: m.update(groups=str([[0, 1]] * 9999)), r"\[\[0, 1\], .{0,80} are not disjoint"),
     "no order": (lambda t, m: t["1.order"].fill_(0), "not an order of 2 kv heads"),
     "another model": (lambda t, m: t.update({"1.v": torch.eye(8).expand(2, 8, 8).contiguous()}), r"\[2, 8, 8\], the model wants"),
     "layer missing": (lambda t, m: t.pop("2.v"), "not those of its groups"),
     "layers beyond": (lambda t, m: m.update(groups="[[1, 7]]"), "the model layers 0 to 2"),
     "one layer twice": (lambda t, m: m.update(groups="[[1, 2], [2, 1]]"), "disjoint groups"),
     "no alignment": (lambda t, m: m.update(format="x"), "header"),
-    "strange groups": (lambda t, m: m.update(groups='{"a": 1}'), "header|groups"),
+    "strange groups": (lambda t, m: m.update(groups='{"a": 1}'), "not lists of layers"),
 }
 
 
@@ -199,7 +203,7 @@ def test_a_cut_file_is_refused(stored: tuple[Path, ModelConfig]) -> None:
     data = path.read_bytes()
     for part in (data[:-10], data[:50], b"", b"\xff" * 64):
         path.write_bytes(part)
-        with pytest.raises(ValueError, match="alignment|safetensors"):
+        with pytest.raises(ValueError, match="truncated or no safetensors file"):
             read_alignment(path, config)
 
 
@@ -217,7 +221,7 @@ def test_wrong_groups_are_refused_where_named_and_left_alone_where_not(stored: t
 
 
 @pytest.mark.parametrize("options", [["--cache", "minicache,merge_from=10"], ["--cache", "minicache,merge_from=10", "--map", "orthogonal"],
-                                     ["--cache", "minicache,merge_from=8", "--pairs", "any"]])
+                                     ["--cache", "minicache,pairs=6-7:8-9,merge_k=0", "--pairs", "any"]])
 def test_bench_align_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Guards the command on the embedded checkpoint: a file that fits the SPEC it prints, and a table that never loses to no alignment."""
     text, out = tmp_path / "text.txt", tmp_path / "a.safetensors"
@@ -230,8 +234,9 @@ def test_bench_align_end_to_end(options: list[str], tmp_path: Path, capsys: pyte
     rows = [line.split() for line in printed.splitlines() if re.match(r"\d+-\d+ ", line)]
     assert len(rows) == (2 if "--pairs" in options else 1)
     for row in rows:
-        k_before, k_after, _, v_before, v_after, _ = map(float, row[-6:])
+        k_before, k_after, _, v_before, v_after, _ = (0 if x == "-" else float(x) for x in row[-6:])
         assert k_after + v_after <= k_before + v_before
+    assert "--pairs" not in options or "merge_k=0" in printed
 
 
 def test_bench_align_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -240,7 +245,8 @@ def test_bench_align_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     text.write_text("word " * 3000)
     for options, why in ((["--out", "a.json"], "not a .safetensors"), (["--cache", "full"], "merges no layers"),
                          (["--cache", "minicache,group=3", "--pairs", "any"], "merges 3 layers"), (["--windows", "1"], "at least 2"),
-                         (["--context", "4"], "give 8 to 512")):
+                         (["--context", "4"], "give 8 to 512"), (["--cache", "minicache,granularity=token"], "head by head"),
+                         (["--cache", "minicache,pairs=0-1-2", "--pairs", "any"], "merges 3 layers")):
         assert bench.main(["align", "--text", str(text), "--out", str(tmp_path / "a.safetensors"), *options]) == 2
         err = capsys.readouterr().err
         assert why in err and err.count("\n") == 1
@@ -270,3 +276,32 @@ def test_align_for_good(tiny_checkpoint: Callable[[str], Path]) -> None:
     assert torch.equal(model.layers[1].attention.wo.weight, before)
     align(model, alignment, CacheConfig.parse("minicache,merge_from=1"))
     assert not torch.equal(model.layers[1].attention.wo.weight, before)
+    shape = dict(max_seq_len=8, dtype=torch.float32, cache=CacheConfig.parse("minicache,merge_from=1"))
+    engine = Engine.from_pretrained(tiny_checkpoint("llama"), alignment=alignment, **shape)
+    assert torch.equal(engine.model.layers[1].attention.wo.weight, model.layers[1].attention.wo.weight)
+    with pytest.raises(ValueError, match="the cache merges 0-1"):
+        Engine.from_pretrained(tiny_checkpoint("llama"), alignment=alignment, **shape | {"cache": CacheConfig.parse("minicache,pairs=0-1")})
+
+
+@pytest.mark.parametrize("x", ["k", "v"])
+def test_the_loss_is_that_of_a_real_cache(x: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards what is made small against drifting from what is stored: without code noise it is the error of a cache fed token by token,
+    heads in their slots, sinks and window exact, some heads weighing more at the output than others."""
+    monkeypatch.setattr(merge_loss, "CODE_NOISE", {16: 0.0})
+    cache = CacheConfig.parse(f"minicache,merge_from=0,merge_k={int(x == 'k')},merge_v={int(x == 'v')},retain=0,sinks=2,window=3")
+    states = [s.in_order(torch.tensor([1, 2, 0])) for s in made_states(hidden=False, windows=3)]
+    for s in states:
+        s.wo = s.wo * torch.tensor([.1, 1, 3, .3, 2, 1])[:, None]
+    group, (N, H, T, D) = Group(states, cache, None), states[0].q.shape
+    queries = torch.arange(T)
+    got = group.loss(x, group.own[x], torch.arange(N), queries)
+    stored = cache.build(n_layer=2, n_kv_head=3, head_dim=D, batch=N, max_seq_len=T, dtype=torch.float32, device="cpu")
+    y = torch.zeros(2, N, H, T, D)
+    for t in range(T):
+        at, valid = torch.full((N, 1), t), torch.ones(N, 1, dtype=torch.bool)
+        for i, (layer, s) in enumerate(zip(stored.layers, states, strict=True)):
+            y[i, :, :, t] = layer.attend(s.q[:, :, t:t + 1], s.k[:, :, t:t + 1], s.v[:, :, t:t + 1], at, valid)[:, :, 0]
+    exact = torch.stack([torch.nn.functional.scaled_dot_product_attention(s.q, s.k, s.v, is_causal=True, enable_gqa=True) for s in states])
+    error, reference = (torch.einsum("lbhtd,lchd->lbtc", z, torch.stack([s.wo for s in states])).square().sum((1, 2, 3))
+                        for z in (y - exact, exact))
+    assert got == pytest.approx((error / reference).mean().item(), rel=1e-3) and got > .01

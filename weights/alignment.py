@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from cache import CacheConfig
 
 FORMAT = "minicache-alignment-1"
-MAX_CONDITION = 64.0                # of a map, largest over smallest stretch: bf16 has 256 steps
+MAX_CONDITION = 64.0                # of a map, largest over smallest stretch, and how far from 1 either may be: bf16 has 256 steps
+MAX_BYTES = 1 << 30                 # of a file: larger than any model's alignment
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def aligned(model: Transformer, alignment: Alignment | None, cache: "CacheConfig
     """Inside, `model` is aligned for what `cache` merges, by the maps given; afterwards its weights are bit for bit what they were."""
     maps = alignment.wanted(cache, model.config.n_layer) if alignment else {}
     kept = {p: p.clone() for layer in maps for p in model.layers[layer].attention.parameters()}
-    fold(model, maps)
     try:
+        fold(model, maps)
         yield maps
     finally:
         for parameter, before in kept.items():
@@ -111,12 +112,15 @@ def align(model: Transformer, alignment: Alignment | None, cache: "CacheConfig")
 
 
 def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, cache: "CacheConfig | None" = None) -> Alignment | None:
-    """The file that --alignment names; None: the checkpoint's own, if `cache` (None: any) merges layers and it fits; "none": nothing."""
+    """What --alignment names, or where it names nothing the checkpoint's own file, if that fits. None for "none", and for a `cache` that
+    merges nothing (None: any cache). ValueError for a bad file, and for one that was named and does not fit."""
     path = checkpoint / ALIGNMENT if option is None else Path(option)
     merges = cache is None or any(len(group) > 1 for group in cache.layer_groups(config.n_layer))
     if option == "none" or option is None and not (merges and path.is_file()):
         return None
     alignment = read_alignment(path, config)
+    if not merges:
+        return None
     try:
         if cache:
             alignment.wanted(cache, config.n_layer)
@@ -131,31 +135,39 @@ def read_alignment(path: str | Path, config: ModelConfig) -> Alignment:
     """ValueError, one line, for a file that is no alignment of a model of these shapes."""
     path = Path(path)
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, at most {MAX_BYTES:,} are read")
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
         meta, tensors = json.loads(data[8:8 + size]).get("__metadata__", {}), load(data)
-        groups = tuple(tuple(group) for group in json.loads(meta["groups"])) if meta.get("format") == FORMAT else None
+        groups = json.loads(meta.get("groups", "null"))
     except OSError as error:
-        raise ValueError(f"--alignment {path} cannot be read ({error.strerror}); make one with bench.py align") from None
+        raise ValueError(f"alignment {path} cannot be read ({error.strerror}); make one with bench.py align") from None
     except Exception as error:      # whatever a broken header makes of the parsers
-        raise ValueError(f"{path} is truncated or no safetensors file ({str(error)!r}); make it again with bench.py align") from None
-    wrong = _why_not(groups, meta.get("map"), tensors, config)
+        why = str(error)[:80]
+        raise ValueError(f"{path} is truncated or no safetensors file ({why!r}); make it again with bench.py align, or use --alignment none"
+                         ) from None
+    wrong = _why_not(groups, meta, tensors, config)
     if wrong:
-        raise ValueError(f"{path} is no alignment of this model: {wrong}; make one with bench.py align")
+        raise ValueError(f"{path} is no alignment of this model: {wrong}; make one with bench.py align, or use --alignment none")
+    groups = tuple(map(tuple, groups))
     layers = {layer: LayerMap(tensors[f"{layer}.order"], torch.view_as_complex(tensors[f"{layer}.k"]), tensors[f"{layer}.v"])
               for group in groups for layer in group}
     return Alignment(groups, layers, str(path))
 
 
-def _why_not(groups: tuple | None, kind: str | None, tensors: Mapping[str, Tensor], c: ModelConfig) -> str | None:
+def _why_not(groups: object, meta: Mapping[str, str], tensors: Mapping[str, Tensor], c: ModelConfig) -> str | None:
     """What is wrong with a file's contents, or None."""
-    if groups is None or kind not in ("orthogonal", "invertible"):
-        return f"its header does not say {FORMAT}"
+    kind = meta.get("map")
+    if meta.get("format") != FORMAT or kind not in ("orthogonal", "invertible"):
+        return f"its header does not say {FORMAT} and which kind of map"
+    if not groups or not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        return f"its groups {str(groups)[:80]} are not lists of layers"
     flat = [layer for group in groups for layer in group]
     if not all(type(layer) is int and 0 <= layer < c.n_layer for layer in flat):
-        return f"it has groups {list(map(list, groups))}, the model layers 0 to {c.n_layer - 1}"
-    if len(set(flat)) < len(flat) or any(len(group) < 2 or list(group) != sorted(group) for group in groups):
-        return f"its groups {list(map(list, groups))} are not disjoint groups of rising layers"
+        return f"it has groups {str(groups)[:80]}, the model layers 0 to {c.n_layer - 1}"
+    if len(set(flat)) < len(flat) or any(len(group) < 2 or group != sorted(group) for group in groups):
+        return f"its groups {str(groups)[:80]} are not disjoint groups of rising layers"
     G, D = c.n_kv_head, c.head_dim
     shapes = {"order": ((G,), torch.int64), "k": ((G, D // 2, 2), torch.float32), "v": ((G, D, D), torch.float32)}
     expected = {f"{layer}.{name}": want for layer in flat for name, want in shapes.items()}
@@ -169,14 +181,14 @@ def _why_not(groups: tuple | None, kind: str | None, tensors: Mapping[str, Tenso
             if x.sort().values.tolist() != list(range(G)):
                 return f"{name!r} is {x.tolist()}, not an order of {G} kv heads"
             continue
-        if not x.isfinite().all():
-            return f"tensor {name!r} holds numbers that are not finite"
+        if not x.abs().max() <= MAX_CONDITION:          # nan too; and singular values of 1e38 need not converge
+            return f"map {name!r} stretches by more than {MAX_CONDITION:g}, or holds numbers that are not finite"
         stretch = torch.linalg.svdvals(x) if name.endswith("v") else x.norm(dim=-1)         # [G, D or D / 2]
         if kind == "orthogonal" and (stretch - 1).abs().max() > 1e-3:
             return f"map {name!r} is not orthogonal (it stretches by up to {stretch.max():.4g}), as its header says"
-        stretch = max(stretch.unbind(0), key=lambda s: s.max() / s.min())
-        if not stretch.max() <= MAX_CONDITION * stretch.min():
-            return f"map {name!r} has a condition number of {stretch.max() / stretch.min():.3g}, above {MAX_CONDITION:g} rounding shows"
+        least, condition = stretch.min(), (stretch.amax(-1) / stretch.amin(-1).clamp_min(1e-30)).max()
+        if not (least >= 1 / MAX_CONDITION and condition <= MAX_CONDITION):
+            return f"map {name!r} shrinks to {least:.3g}, condition number {condition:.3g}: beyond {MAX_CONDITION:g} rounding shows"
     return None
 
 

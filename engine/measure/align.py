@@ -1,12 +1,14 @@
 """Calibration of an alignment (weights/alignment.py): coordinates in which the layers that a cache merges lose least, fitted to a text.
 
-Contract: the text passes the model layer by layer and a group is fitted when its last layer is done, so beside the weights only hidden
-states and the Q, K and V of the groups that are open are alive. What is made small is the loss at the output (merge_loss.py). Fitted on
-three quarters of the windows, judged on the others; where a fit does not win there, the checkpoint's own coordinates stay.
+Contract: the text passes the model layer by layer and a group is fitted when its last layer is done, so what is alive beside the weights
+are hidden states, the Q, K and V of the groups that are open (of all merged layers for --pairs any), and copies of them while one is
+fitted. What is made small is the loss at the output (merge_loss.py). Fitted on three quarters of the windows; the others choose between
+head orders and maps, and where nothing wins there the checkpoint's own coordinates stay.
 Trap: K and V are fitted apart, but a head's order is one for both, and its query heads move with it.
 """
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def head_order(first: States, other: States) -> Tensor:
     """order [G]: the kv head of `other` to set beside each of `first`, by what their products keep; greedy, then swaps that help."""
     def flat(x: Tensor) -> Tensor:
         x = x.transpose(0, 1).flatten(1, 2)
-        return x / x.square().sum((1, 2), keepdim=True).sqrt()
+        return x / x.square().sum((1, 2), keepdim=True).sqrt().clamp_min(1e-20)
     G, (ka, kb, va, vb) = first.k.shape[1], map(flat, (first.k, other.k, first.v, other.v))
     keys = torch.einsum("gtf,htf->ghf", as_complex(ka), as_complex(kb).conj()).abs().sum(-1)
     gain = keys + torch.linalg.svdvals(torch.einsum("gtd,hte->ghde", va, vb)).sum(-1)                 # [G, G]
@@ -76,7 +78,7 @@ def merged_kinds(cache: CacheConfig) -> str:
 
 def fit(layers: Sequence[int], states: Sequence[States], cache: CacheConfig, sliding_window: int | None, *, steps: int,
         invertible: bool) -> tuple[dict[int, LayerMap], dict]:
-    """The maps of one group and its row of the table. Head order, K and V are each kept only where the windows not fitted say so."""
+    """The maps of one group and its row of the table, kept where the windows not fitted say so (with a head order: K and V together)."""
     G, kinds = states[0].k.shape[1], merged_kinds(cache)
     own = torch.arange(G, device=states[0].k.device)
     orders = [[own] * len(layers), [own] + [head_order(states[0], s) for s in states[1:]]]
@@ -156,8 +158,10 @@ def run(args: argparse.Namespace) -> int:
     groups = [group for group in cache.layer_groups(config.n_layer) if len(group) > 1]
     if not groups:
         raise ValueError(f"--cache {args.cache} merges no layers of {config.n_layer}; give a minicache SPEC that does")
-    if args.pairs == "any" and cache.group != 2:
-        raise ValueError(f"--pairs any makes pairs, --cache {args.cache} merges {cache.group} layers; leave out one of them")
+    if args.pairs == "any" and any(len(group) != 2 for group in groups):
+        raise ValueError(f"--pairs any makes pairs, --cache {args.cache} merges {max(map(len, groups))} layers; leave out one of them")
+    if cache.granularity != "head":
+        raise ValueError(f"--cache {args.cache} merges over all heads; an alignment is fitted head by head: leave granularity out")
     if not 8 <= args.context <= config.max_position_embeddings:
         raise ValueError(f"--context is {args.context}; give 8 to {config.max_position_embeddings}, the model's positions")
     for option, least in (("windows", 2), ("steps", 0)):
@@ -180,13 +184,17 @@ def run(args: argparse.Namespace) -> int:
                 found, row = fit(group, [states.pop(member) for member in group], cache, config.sliding_window, **options)
                 maps |= found
                 rows.append(row)
+        if layer == max(merged):
+            break
     alignment = Alignment(tuple(groups), maps)
-    spec = "minicache,pairs=" + ":".join(row["group"] for row in rows) if args.pairs == "any" else args.cache
+    spec = args.cache
+    if args.pairs == "any":
+        spec = str(replace(cache, pairs=":".join("-".join(map(str, group)) for group in groups), merge_from=CacheConfig.merge_from))
     write_alignment(args.out, alignment, kind=args.map)
     # 3. the report
     print(f"{Path(args.text).name}: {args.context * args.windows:,} tokens in {args.windows} windows; {checkpoint.name}, "
           f"{str(model.embed.weight.dtype).removeprefix('torch.')} on {device}; {args.map} maps\n"
-          "loss: squared error of the attention's output, relative to it, mean of the layers, on windows not fitted\n")
+          "loss: squared error of the attention's output, relative to it, mean of the layers, on the windows that choose\n")
     print_table(rows, COLUMNS)
     change = folding_loss(model, alignment, CacheConfig.parse(spec), windows[-2:])
     print(f"\nfull attention, folded: a logit changes by {change['largest_logit_change']:.1e} at most; rounded to bf16, KL "

@@ -1,7 +1,8 @@
 """What a group of layers loses at attention's output when it is merged, and coordinates that make the loss small: the maths of `align`.
 
 Contract: the loss is the squared error of what attention adds to the hidden state, relative to it, mean of the layers, when K (or V, apart)
-are merged and coded as in the cache and read beside exact sinks and window. Maps: K's complex [n, G, D / 2], V's [n, G, D, D].
+are merged and coded as in the cache and read beside exact sinks and window; of retained tokens it knows nothing. Maps: K's complex
+[n, G, D / 2], V's [n, G, D, D].
 Trap: the cosine is not the loss. Attention weighs exact columns (sinks) against merged ones, and keys that are too short shift weight.
 """
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from weights.alignment import MAX_CONDITION, as_complex, change
 
 QUERIES, BATCH = 64, 4      # a step of the fit looks at the attention of so many positions in so many windows
 # Relative squared error of codes by bits (Lloyd-Max, normal law): no map may live on digits that codes drop. 16: codes may come later.
-CODE_NOISE = {16: .0095, 8: .0095, 4: .0095, 3: .0345, 2: .1175}
+CODE_NOISE = {16: .0095, 8: .00004, 4: .0095, 3: .0345, 2: .1175}
 RATES = {"k": .03, "v": .01}
 
 
@@ -78,7 +79,7 @@ class Group:
 
     @torch.no_grad()
     def judge(self, x: str, maps: Tensor) -> float:
-        """The loss on the windows that no fit sees, at every fourth position."""
+        """The loss on the windows that `refine` and `start` do not see, at every fourth position."""
         torch.manual_seed(0)
         return float(self.loss(x, maps, self.judges, torch.arange(3, self.seen.shape[0], 4)))
 
@@ -98,7 +99,7 @@ class Group:
                 w = dot / (half.square() + dot.square()).sqrt().clamp_min(1e-20) if round else torch.ones_like(dot)
                 if x == "k":
                     r = (as_complex(first) * as_complex(b).conj() * w[..., None]).sum(1)
-                    r = r / r.abs().clamp_min(1e-20)
+                    r = torch.polar(torch.ones_like(r.abs()), r.angle())         # a pair that is 0 throughout keeps its phase
                 else:
                     u, _, v = torch.linalg.svd((first * w[..., None]).mT @ b)
                     r = u @ v
@@ -133,9 +134,10 @@ def stretch(maps: Tensor) -> Tensor:
 
 
 def bounded(maps: Tensor) -> Tensor:
-    """The same with the condition number brought under MAX_CONDITION, the largest stretch kept."""
+    """The same within what `read_alignment` takes: condition number and distance from 1 under MAX_CONDITION."""
     s = stretch(maps)
-    to = s.clamp_min(s.amax(-1, keepdim=True) * 1.01 / MAX_CONDITION)
+    to = s.clamp(1.01 / MAX_CONDITION, .99 * MAX_CONDITION)
+    to = to.clamp_min(to.amax(-1, keepdim=True) * 1.01 / MAX_CONDITION)
     if maps.is_complex():
         return maps * (to / s)
     u, _, v = torch.linalg.svd(maps)

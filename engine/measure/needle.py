@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         progress("interrupted: the table holds what was measured until here")
     # 3. the report
     rows = [row for i in range(len(caches)) for row in rows[i::len(caches)]]       # by cache, then by length
-    settings = {"checkpoint": str(checkpoint), "text": args.text, "lengths_tokens": lengths, "depths": args.depths, "needles": args.needles,
+    settings = {"checkpoint": str(checkpoint), "text": args.text, "alignments": {spec: a.source for spec, a in alignments.items() if a},
+                "lengths_tokens": lengths, "depths": args.depths, "needles": args.needles,
                 "seed": args.seed, "rows": batch, "device": str(device), "scoring": "cue and answer one by one as in decoding",
                 "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "needle_texts": needle_texts(args.needles, args.seed)}
     cue, answer = settings["needle_texts"][0]
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
           "found: greedy decoding says the answer; NLL of the answer in nats per token; without needle: the same cue after the same text\n"
           "that lacks it; gain: without - with, what the model took from the needle; interval over needles\n")
     print_table(rows, COLUMNS)
-    print()
+    print("\naligned: " + (", ".join(settings["alignments"]) or "none"))
     full = [row for row in rows if row["cache"] == "full"]
     if weak := ", ".join(f"{row['found_share']:.0%} at {row['length_tokens']}" for row in full if row["found_share"] < .5):
         print(f"The full cache itself finds only {weak} tokens: there the model fails, not a cache, and the answer's NLL is what counts.")

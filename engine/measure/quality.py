@@ -3,6 +3,7 @@
 Contract: `context` tokens are prefilled (exact attention, then stored), the next `continuation` tokens are fed one by one as in decoding,
 and each of those steps is scored on the token that follows in the text. Losses are means over a window; intervals are over windows.
 Scoring "chunk" feeds the continuation at once: two to three times faster, but no token of it is read compressed: a cache looks better.
+A merged cache is measured without and with the alignment; prompts are computed once, by the model as it is, and turned for the aligned one.
 Trap: the first token after the context is predicted by the exact prompt, whatever the cache; it is not scored.
 """
 import argparse
@@ -26,7 +27,8 @@ from generate import device_and_dtype, open_checkpoint
 from model import Transformer
 from weights import Alignment, aligned, find_alignment, load_model
 
-DEFAULT_CACHES = ("quant,bits=8", "quant,bits=4", "quant,bits=3", "quant,bits=2", "minicache", "minicache,bits=4", "minicache,bits=3",
+DEFAULT_CACHES = ("quant,bits=8", "quant,bits=4", "quant,bits=3", "quant,bits=2", "minicache", "minicache,merge_k=0", "minicache,merge_v=0",
+                  "minicache,bits=4", "minicache,bits=4,merge_k=0", "minicache,bits=4,merge_v=0", "minicache,bits=3",
                   "minicache,preset=paper", "rtn,bits=4", "kivi,bits=4", "kivi,bits=2", "kivi,bits=2,residual=32")
 SCORING = {"decode": "one by one as in decoding", "chunk": "as one exact chunk over the stored context"}
 COLUMNS = {

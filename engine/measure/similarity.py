@@ -6,6 +6,7 @@ Trap: a mean vector that all tokens share gives a high raw cosine and says nothi
 """
 import argparse
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from weights.alignment import fold
 
 KINDS = {"k_before_rope": "K before RoPE", "k": "K after RoPE", "v": "V"}
 VIEWS = {"head": "per head", "head_centred": "per head, mean removed", "token": "per token", "token_centred": "per token, mean removed"}
+ALIGNED = {"head_aligned": ("aligned: per head", ""), "lost_aligned": ("merge loses", ".1%")}
 # The share of energy that codes of 2 and of 4 bits lose (Lloyd-Max, normal law). A pair merged at 4 bits takes the bytes of two layers at
 # 2 bits, so merging pays only where it loses less than the difference.
 LOST_2_BITS, LOST_4_BITS = .1175, .0095
@@ -52,16 +54,18 @@ def run(args: argparse.Namespace) -> int:
           f"{settings['dtype']}\nCosine of one token's vectors at two layers: median over tokens (5th percentile); adjacent layers\n"
           "merge loses: share of a layer's energy that the best shared direction per head and token leaves out, mean of the two layers")
     columns = {"pair": ("layers", "")} | {view: (heading, "") for view, heading in VIEWS.items()} | {"lost": ("merge loses", ".1%")}
-    for kind in compared:
-        print(f"\n{name_of(kind)}" + (f", the groups of {alignment.source}" if kind.endswith("aligned") else ""))
-        rows = []
-        for i in range(config.n_layer - 1):
-            if kind.endswith("aligned") and not any({i, i + 1} <= set(group) for group in alignment.groups):
-                continue
-            cosines = {view: tuple(compared[kind][view][x][i][i + 1] for x in ("median", "p5")) for view in VIEWS}
-            rows.append({"pair": f"{i}, {i + 1}", "lost": compared[kind]["merge_loss"][i][i + 1]} |
-                        {view: f"{median:+.2f} ({p5:+.2f})" for view, (median, p5) in cosines.items()})
-        print_table(rows, columns)
+    together = {pair for group in (alignment.groups if alignment else ()) for pair in combinations(group, 2)}
+    for kind, name in KINDS.items():
+        print(f"\n{name}")
+        rows, aligned = [], compared.get(f"{kind}_aligned")
+        for i, j in sorted({(i, i + 1) for i in range(config.n_layer - 1)} | together):
+            rows.append({"pair": f"{i}, {j}", "lost": compared[kind]["merge_loss"][i][j]})
+            rows[-1] |= {view: cosine(compared[kind][view], i, j) for view in VIEWS}
+            if aligned and (i, j) in together:
+                rows[-1] |= {"head_aligned": cosine(aligned["head"], i, j), "lost_aligned": aligned["merge_loss"][i][j]}
+        print_table(rows, columns | (ALIGNED if aligned else {}))
+    if alignment:
+        print(f"\naligned: in the coordinates of {alignment.source}, fitted to the loss at attention's output, not to these figures")
     merged = {kind: pairs_to_merge(compared[kind]["merge_loss"]) for kind in ("k", "v")}
     print(f"\nWhat to merge: a pair merged at 4 bits takes the bytes of 2-bit codes unmerged, so it may lose {LIMIT:.1%} of its energy.")
     for kind, pairs in merged.items():
@@ -71,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(compared, args.plot, title=f"{checkpoint.name} on {Path(args.text).name}")
     return 0
+
+
+def cosine(figures: dict[str, list[list[float]]], i: int, j: int) -> str:
+    return f"{figures['median'][i][j]:+.2f} ({figures['p5'][i][j]:+.2f})"
 
 
 def name_of(kind: str) -> str:

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
                 results = evaluate(adapter(answers), tasks, limit=args.limit, log_samples=False)
             if answers.shortened:
                 say(f"{answers.shortened} of {answers.requests} requests did not fit into {capacity} tokens and lost their beginning")
-            rows.append({"cache": spec + " (simulated)" * isinstance(cache, Rival), "cache_settings": str(cache), "kv_bytes": nbytes[spec],
+            rows.append({"cache": spec + " (simulated)" * isinstance(cache, Rival), "cache_settings": str(cache),
+                         "alignment": alignments[spec].source if alignments.get(spec) else None, "kv_bytes": nbytes[spec],
                          "bits_per_element": 8 * nbytes[spec] / elements, "requests": answers.requests,
                          "shortened_requests": answers.shortened, "answers_ended_by_capacity": answers.full, "metrics": metrics(results),
                          "lm_eval": json.loads(json.dumps(results, default=str))})
