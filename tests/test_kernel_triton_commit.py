@@ -33,9 +33,9 @@ def commit(*arguments) -> None:
 CASES = {
     "window=5,sinks=2,retain=0.2,bits=4": (64, 1, BF16, 1, 12),
     "window=0,sinks=0,retain=0.1,coef=norm": (96, 1, BF16, 2, 23),
-    "merge=slerp,coef=norm,retention=intended,gamma=0.3,window=0,bits=3": (96, 1, FP16, 3, 12),
+    "merge=slerp,coef=norm,retention=intended,gamma=0.3,retain=0.2,sinks=2,window=0,bits=3": (96, 1, FP16, 3, 12),
     "merge=mean,retention=literal,gamma=0.4,retain=0.2,window=3,k_bits=8,v_bits=2": (32, 1, FP32, 4, 12),
-    "merge=max-norm,merge_k=0,window=1,retention=intended,gamma=0,k_bits=4": (64, 1, FP32, 6, 23),
+    "merge=max-norm,merge_k=0,window=1,retention=intended,gamma=0,retain=0.3,sinks=1,k_bits=4": (64, 1, FP32, 6, 23),
     "merge_v=0,window=16,retain=0.3,sinks=0,v_bits=3": (16, 2, BF16, 7, 12),
     "merge=slerp,t=0.3,retention=intended,gamma=0.9,sinks=1": (128, 1, FP32, 9, 23),
     "sinks=0,retain=0,window=2,v_bits=2": (256, 1, FP16, 8, 8),
@@ -71,7 +71,7 @@ def test_triton_on_vectors_that_break_formulas(rule: str, coef: str, interpreter
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the cases run in this process")
 def test_in_the_interpreter() -> None:
     """Guards: device code that no machine without a GPU would ever run."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "test_triton_", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "test_triton_", __file__]
     environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[1]
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert child.returncode == 0 and f"{len(CASES) + 8} passed" in child.stdout, child.stdout[-3000:] + child.stderr[-2000:]
