@@ -121,6 +121,8 @@ def adapter(answers: Answers) -> "LM":
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class EngineLM(TemplateLM):
+        """What the harness asks of a model, answered by `answers`."""
+
         tokenizer, eot_token_id, prefix_token_id = answers.tokenizer, answers.tokenizer.eos_id, answers.prefix[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
