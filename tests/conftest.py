@@ -101,6 +101,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return make
 
 
+@pytest.fixture(scope="session")
+def tales(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """times -> path of a text: six sentences of a story, so many times over."""
+    def write(times: int) -> str:
+        path = tmp_path_factory.mktemp("text") / "tales.txt"
+        path.write_text(" ".join(f"The {a} dog saw {n} birds and ran to the {b}." for n, (a, b) in enumerate(
+            [("old", "lake"), ("small", "house"), ("happy", "big tree"), ("red", "girl"), ("slow", "hill"), ("sad", "river")] * times)))
+        return str(path)
+    return write
+
+
 @pytest.fixture
 def parity_table(record_property: Callable[[str, object], None]) -> Callable[[tuple[str, str, str, float, float]], None]:
     """Takes a row (checkpoint, family, rope kind, max difference in prefill, in decode), printed when the run ends."""

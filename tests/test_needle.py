@@ -1,5 +1,6 @@
 """bench.py needle: where the needle stands, what counts as found, and that it is looked for in what is stored."""
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,8 @@ ARGS = ["--lengths", "64", "--depths", "3", "--needles", "2", "--batch-size", "5
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tales.txt"
-    path.write_text(" ".join(f"The {a} dog saw {n} birds and ran to the {b}." for n, (a, b) in enumerate(
-        [("old", "lake"), ("small", "house"), ("happy", "big tree"), ("red", "girl"), ("slow", "hill"), ("sad", "river")] * 5)))
-    return str(path)
+def text(tales: Callable[[int], str]) -> str:
+    return tales(5)
 
 
 def test_a_needle_stands_between_sentences_at_its_depth(text: str) -> None:

@@ -1,5 +1,6 @@
 """bench.py quality: what is scored against what, how windows are cut, and what is left after Ctrl-C or a mistake."""
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,8 @@ ARGS = ["--context", "24", "--continuation", "8", "--windows", "3", "--batch-siz
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "tales.txt"
-    path.write_text(" ".join(f"The {a} dog saw {n} birds and ran to the {b}." for n, (a, b) in enumerate(
-        [("old", "lake"), ("small", "house"), ("happy", "big tree"), ("red", "girl"), ("slow", "hill"), ("sad", "river")] * 3)))
-    return str(path)
+def text(tales: Callable[[int], str]) -> str:
+    return tales(3)
 
 
 def test_full_scores_are_those_of_one_plain_pass(text: str) -> None:

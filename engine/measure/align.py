@@ -93,10 +93,10 @@ def fit(layers: Sequence[int], states: Sequence[States], cache: CacheConfig, sli
         choices = [starts[at][x], group.refine(x, starts[at][x], steps=steps, invertible=invertible)] + [group.own[x]] * (at == 0)
         after[x], maps[x] = min(((group.judge(x, m), m) for m in choices), key=lambda pair: pair[0])
     if at and sum(after.values()) >= sum(before.values()):
-        group, maps, after, at = groups[0], dict(groups[0].own), before, 0
+        maps, after, at = dict(groups[0].own), before, 0
     found = {layer: LayerMap(order.cpu(), k.cpu(), v.contiguous().cpu())
              for layer, order, k, v in zip(layers, orders[at], maps["k"], maps["v"], strict=True)}
-    row = {"group": "-".join(map(str, layers)), "order": " ".join("".join(f"{h}," for h in m.order.tolist())[:-1] for m in found.values())}
+    row = {"group": "-".join(map(str, layers)), "order": " ".join(",".join(map(str, m.order.tolist())) for m in found.values())}
     for x in kinds:
         s = stretch(maps[x])
         row |= {f"{x}_before": before[x], f"{x}_after": after[x], f"{x}_condition": float((s.amax(-1) / s.amin(-1)).max())}

@@ -95,7 +95,7 @@ class Group:
             r = self.own[x][0]
             half = (first.square().sum(-1) - b.square().sum(-1)) / 2
             for round in range(12):
-                dot = (first * change(b[None], r)[0]).sum(-1)
+                dot = (first * change(b, r)).sum(-1)
                 w = dot / (half.square() + dot.square()).sqrt().clamp_min(1e-20) if round else torch.ones_like(dot)
                 if x == "k":
                     r = (as_complex(first) * as_complex(b).conj() * w[..., None]).sum(1)
