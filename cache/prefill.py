@@ -50,14 +50,19 @@ class PrefillLayer:
         keys, values = p.k[self.index], p.v[self.index]
         window = p.group.sliding_window
 
-        def mask(first: int, last: int) -> Tensor:      # right padding: a valid query sees only valid columns before it
+        if not p.past:      # right padding: a valid query sees only valid columns before it
+            mask = None
+            if start or (window is not None and end > window):      # additive: SDPA makes one of a bool mask anyway
+                mask = q.new_full((T, end), float("-inf")).triu_(start + 1)
+                if window is not None:
+                    mask += q.new_full((T, end), float("-inf")).tril_(start - window)
+            return attend_exact(q, keys[:, :, :end], values[:, :, :end], mask)
+
+        def seen(first: int, last: int) -> Tensor:
             i, j = torch.arange(start, end, device=q.device)[:, None], torch.arange(first, last, device=q.device)
             return (j <= i) if window is None else (j <= i) & (j > i - window)
 
-        if not p.past:
-            plain = start == 0 and (window is None or end <= window)
-            return attend_exact(q, keys[:, :, :end], values[:, :, :end], None if plain else mask(0, end)[None, None])
         length = input_pos[:, 0] - start
         stored = p.group.columns(self.index, length, input_pos, rows, limit=p.past)
-        own = (Columns(keys[:, :, at], values[:, :, at], mask(at.start, at.stop)[None, None]) for at in column_blocks(end, end))
+        own = (Columns(keys[:, :, at], values[:, :, at], seen(at.start, at.stop)[None, None]) for at in column_blocks(end, end))
         return attend_columns(q, k.shape[1], chain(stored, own))

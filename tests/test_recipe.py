@@ -15,10 +15,11 @@ from cache import CacheConfig
 from engine import Engine, SamplingParams
 from model import Rope
 from tokenizer import ChatTemplate, load_tokenizer
-from weights import load_model
+from weights import EMBEDDED, load_model
 from weights.names import tensor_slots
 from weights.storyteller import prepare as prepare_module
 from weights.storyteller import train as recipe
+from weights.storyteller.grow import grow
 from weights.storyteller.prepare import ASSISTANT, HELD_OUT, SOURCES, USER, prepare, read_documents, request_for
 from weights.storyteller.publish import export, samples
 
@@ -51,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(work: Path) -> torch.nn.Module:
-    return recipe.train(work, SHAPE, steps=20)
+    return recipe.train(work, SHAPE, steps=20, compile=False)
 
 
 def test_documents_that_hold_held_out_text_are_removed_and_reported(work: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_long_run_reads_the_small_sources_less_and_ends_without_novels(work: P
     def shares(step: int, progress: float) -> np.ndarray:
         windows = prepare_module.Windows(work / "data")
         windows.ids[1] = np.tile(windows.ids[1], 20)
-        recipe.deal(windows, step, progress, 2**20, torch.device("cpu"))
+        recipe.deal(windows, step, progress, SHAPE._replace(batch_tokens=2**20), torch.device("cpu"))
         T = max(T for _, T in windows.drawn)
         return np.array([windows.drawn.get((i, T), 0) for i in range(4)]) / (2**20 // T)
     assert np.allclose(shares(0, 0.), recipe.CURRICULUM[0][1], atol=.05)
@@ -134,8 +135,8 @@ def test_twenty_steps_beat_the_token_frequencies(work: Path, trained: tuple) -> 
 
 
 def test_a_resumed_run_ends_with_the_same_weights(work: Path, trained: tuple) -> None:
-    recipe.train(work, SHAPE, steps=20, stop_after=9)
-    model, figures = recipe.train(work, SHAPE, steps=20, resume=True)
+    recipe.train(work, SHAPE, steps=20, compile=False, stop_after=9)
+    model, figures = recipe.train(work, SHAPE, steps=20, compile=False, resume=True)
     assert figures["steps"] == 20 and figures["epochs"] == trained[1]["epochs"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained[0].parameters(), strict=True))
 
@@ -168,6 +169,35 @@ def test_the_exported_folder_gives_the_trained_model_s_logits_and_text(work: Pat
     new = [token for step in engine.generate([ids[0].tolist()], SamplingParams(max_new_tokens=4)) for _, token in step.tokens]
     assert new[0] == int(logits[0, -1].argmax()) and len(new) == 4
     assert samples(tmp_path, max_new_tokens=2).count("greedy") == 5
+
+
+def test_a_grown_model_starts_as_the_small_one_and_trains_everywhere(work: Path, trained: tuple, tmp_path: Path) -> None:
+    """Guards query heads at another kv head's place, and new parts from which no gradient ever moves them."""
+    small, shape = trained[0], SHAPE._replace(layers=3, heads=4, mlp=160, vocab_size=402)
+    export(small, recipe.hf_config(SHAPE), work / "data", tmp_path / "small")
+    model = recipe.new_model(recipe.ModelConfig.from_dict(recipe.hf_config(shape)), dropout=0)
+    ids, rope = torch.from_numpy(np.load(work / "data" / "simple_stories.npy")[None, :65].astype(np.int64)), Rope(model.config, 64)
+    grow(model, tmp_path / "small")
+    loaded = load_model(tmp_path / "small", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(recipe.logits_of(model, rope, ids)[..., :400], recipe.logits_of(loaded, rope, ids), atol=1e-5)
+    recipe.loss_of(model, rope, ids).backward()
+    new = model.layers[2].attention.wo.weight
+    assert new.abs().max() == 0 < new.grad.abs().min() and model.layers[0].mlp.w2.weight.grad[:, 96:].abs().min() > 0
+    with pytest.raises(ValueError, match="dim 64, this shape 128"):
+        grow(recipe.new_model(recipe.ModelConfig.from_dict(recipe.hf_config(shape._replace(dim=128))), dropout=0), tmp_path / "small")
+    with pytest.raises(ValueError, match="n_layer 2, this shape only 1"):
+        grow(recipe.new_model(recipe.ModelConfig.from_dict(recipe.hf_config(shape._replace(layers=1))), dropout=0), tmp_path / "small")
+
+
+def test_chat_tokens_join_a_vocabulary_at_its_end() -> None:
+    """Guards a tokenizer that cuts text in another way than the weights know it."""
+    import sentencepiece
+    old = (EMBEDDED / "tokenizer.model").read_bytes()
+    before, after = (sentencepiece.SentencePieceProcessor(model_proto=x) for x in (old, prepare_module.with_chat_tokens(old)))
+    n, text = before.vocab_size(), "Once upon a time, <|user|> said:\n\"Hello!\""
+    assert [after.id_to_piece(i) for i in (n, n + 1)] == [USER, ASSISTANT] and after.is_control(n) and after.vocab_size() == n + 2
+    assert after.encode(text) == before.encode(text) and after.decode(after.encode(text)) == text
 
 
 def test_a_conversation_is_rendered_as_the_requests_were_trained_on(work: Path, trained: tuple, tmp_path: Path) -> None:
@@ -203,7 +233,7 @@ def test_the_package_imports_nothing_of_the_recipe() -> None:
 
 
 def test_every_shape_is_a_llama_that_fits_the_embedded_file() -> None:
-    for name in ("gpu", "cpu"):
+    for name in ("gpu", "cpu", "grown"):
         config = recipe.ModelConfig.from_dict(recipe.hf_config(recipe.SHAPES[name]))
         with torch.device("meta"):
             n = sum(p.numel() for p in recipe.Transformer(config).parameters())

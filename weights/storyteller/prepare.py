@@ -90,8 +90,20 @@ def train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> bytes:
     return file.getvalue()
 
 
-def prepare(data: Path, held_out: Path, target: Path, vocab_size: int) -> dict[str, Any]:
-    """target: <source>.npy (uint16, each document <s> ... </s>), tokenizer.model, report.json. Made once -> the report."""
+def with_chat_tokens(file: bytes) -> bytes:
+    """A sentencepiece model with USER and ASSISTANT as its last two pieces."""
+    from sentencepiece import sentencepiece_model_pb2 as protobuf  # needs the package protobuf
+    model = protobuf.ModelProto.FromString(file)
+    for piece in (USER, ASSISTANT):
+        model.pieces.add(piece=piece, score=0., type=protobuf.ModelProto.SentencePiece.CONTROL)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
+
+
+def prepare(data: Path, held_out: Path, target: Path, vocab_size: int, tokenizer: Path | None = None) -> dict[str, Any]:
+    """target: <source>.npy (uint16, each document <s> ... </s>), tokenizer.model, report.json. Made once -> the report.
+
+    tokenizer: take this sentencepiece model, two chat tokens added, instead of training one."""
     if (target / "report.json").is_file():
         report = json.loads((target / "report.json").read_text())
         if report["vocab_size"] != vocab_size:
@@ -111,7 +123,8 @@ def prepare(data: Path, held_out: Path, target: Path, vocab_size: int) -> dict[s
             else:
                 texts[source].append(document)
         print(f"{source}: {len(texts[source]):,} documents, {sum(map(len, texts[source])):,} characters", flush=True)
-    (target / "tokenizer.model").write_bytes(train_tokenizer(texts, vocab_size))
+    model = train_tokenizer(texts, vocab_size) if tokenizer is None else with_chat_tokens(tokenizer.read_bytes())
+    (target / "tokenizer.model").write_bytes(model)
     sp, rng = sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model")), random.Random(0)
     bos, eos, user, assistant = sp.bos_id(), sp.eos_id(), sp.piece_to_id(USER), sp.piece_to_id(ASSISTANT)
     encoded: dict[str, list[list[int]]] = {s: [[bos, *ids, eos] for ids in sp.encode(texts[s], num_threads=2)] for s in texts}

@@ -64,11 +64,14 @@ def samples(directory: Path, *, max_new_tokens: int = 200) -> str:
 
 
 def model_card(directory: Path, report: dict[str, Any], figures: dict[str, Any]) -> str:
-    """README.md of the folder. report: of `prepare`; figures: of `train`, and nll, by text in nats per byte."""
+    """README.md of the folder. report: of `prepare`; figures: of `train`; nll, nll_before (embedded now): nats per byte by text."""
     model, mb = load_model(directory), (directory / "model.safetensors").stat().st_size / 1e6
     c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
     data = "\n".join(f"| {s} | {r['documents']:,} | {r['tokens']:,} | {figures['epochs'][s]:.2f} |" for s, r in report["sources"].items())
-    held = "\n".join(f"| {name} | {nats:.4f} | {nats / math.log(2):.4f} |" for name, nats in figures["nll"].items())
+    held = "\n".join(f"| {name} | {nats:.4f} | {nats / math.log(2):.4f} | {figures['nll_before'][name]:.4f} |"
+                     for name, nats in figures["nll"].items())
+    origin = f"It started from {figures['grown_from']}, grown into this shape." if figures.get("grown_from") else ""
+    curve = "\n".join(f"| {tokens:,} | {length} | {loss:.3f} |" for tokens, length, loss in figures["curve"])
     return f"""# storyteller
 
 A story model of {millions:.1f} M parameters ({mb:.1f} MB in bf16) in Llama format: {c.n_layer} layers, {c.n_head} query and
@@ -77,6 +80,7 @@ context {c.max_position_embeddings}. It writes simple stories in English and kno
 
 Made by `python -m weights.storyteller.train`: {figures['steps']:,} steps, {figures['tokens']:,} tokens, {figures['minutes']:.0f} minutes on
 {figures['device']}. Muon and AdamW, trapezoidal schedule; from novels to classics to simple stories; short sequences, at the end long ones.
+{origin}
 
 ## Data
 | source | documents | tokens | times read |
@@ -88,11 +92,18 @@ CDLA-Sharing-1.0), African Storybook and Pratham Books stories (CC BY; authors, 
 requests: those stories after a request made by rule from their own opening (hero, place), for `--chat`.
 Removed, as they share {report['overlap_words']} words in a row with a held-out text: {len(report['removed'])} documents.
 
+## Loss curve
+Nats per token of the mixture at that point of the run (it becomes simpler), means between the rows.
+
+| tokens seen | sequence | loss |
+|---|---|---|
+{curve}
+
 ## Held-out NLL per byte
 By `--evaluate`: the first {EVAL_CHARACTERS:,} characters of each text, fp32, at most {EVAL_CONTEXT} tokens of context.
 
-| text | nats | bits |
-|---|---|---|
+| text | nats | bits | nats, the checkpoint before |
+|---|---|---|---|
 {held}
 
 ## Samples, unedited

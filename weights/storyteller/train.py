@@ -1,7 +1,8 @@
 """The recipe of the embedded checkpoint: text -> tokenizer -> training -> a folder in Hugging Face Llama form.
 
-    python -m weights.storyteller.train --shape gpu --minutes 20         one CUDA GPU; --shape cpu --minutes 150 on two cores
-    python -m weights.storyteller.train --evaluate weights/storyteller   held-out NLL per byte of any checkpoint
+    python -m weights.storyteller.train --shape gpu --minutes 20                    one CUDA GPU, or --shape cpu --minutes 150: from nothing
+    python -m weights.storyteller.train --shape grown --grow DIR --minutes 50       two cores, from a smaller checkpoint
+    python -m weights.storyteller.train --evaluate weights/storyteller              held-out NLL per byte of any checkpoint
 
 Contract: run from the repository's root; trains the engine's own Transformer, and the engine imports nothing of this folder. All that is
 made lies under --work: data (kept for further runs), resume.pt, log.csv, checkpoint. The same --steps, cut by --resume or not, give the
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from cache.base import attend_exact
 from model import ModelConfig, Rope, Transformer
 from tokenizer import load_tokenizer
-from weights import load_model
+from weights import EMBEDDED, load_model
 from weights.names import tensor_slots
+from weights.storyteller.grow import grow
 from weights.storyteller.prepare import SOURCES, Windows, prepare
 from weights.storyteller.publish import EVAL_CHARACTERS, EVAL_CONTEXT, export, model_card
 
@@ -45,25 +47,32 @@ class Shape(NamedTuple):
     dropout: float              # a GPU reads each text dozens of times, two cores a few
     muon_rate: float
     adamw_rate: float
+    curriculum: tuple[tuple[float, tuple[float, ...]], ...]
+    lengths: tuple[tuple[float, int], ...] = ((0., 512), (.8, 2048))
 
 
-SHAPES = {"gpu": Shape(320, 640, 16, 8, 4, 4096, 65_536, .1, 6e-3, 3e-3), "cpu": Shape(256, 512, 16, 4, 2, 4096, 8_192, 0., 6e-3, 3e-3),
-          "tiny": Shape(64, 96, 2, 2, 1, 400, 512, 0., 1e-2, 1e-2)}
 # Share of each source at a point of the run, straight lines between: ends on simple stories, children's books and requests for a story.
+# lengths: tokens of a sequence from a point of the run on; the last is the model's context. Two cores see few tokens: stories from the
+# start, and short sequences.
 CURRICULUM = ((0., (.70, .25, .05, .00)), (.4, (.50, .35, .12, .03)), (.7, (.15, .35, .35, .15)), (1., (.00, .20, .45, .35)))
+HURRIED = ((0., (.35, .35, .30, .00)), (.5, (.25, .30, .35, .10)), (1., (.00, .20, .45, .35)))
+SHAPES = {"gpu": Shape(320, 640, 16, 8, 4, 4096, 65_536, .1, 6e-3, 3e-3, CURRICULUM),
+          "cpu": Shape(256, 512, 16, 4, 2, 4096, 4_096, 0., 9e-3, 4e-3, HURRIED, ((0., 256), (.8, 512), (.92, 2048))),
+          "grown": Shape(192, 768, 16, 6, 3, 4098, 4_096, 0., 4e-3, 1.5e-3, HURRIED, ((0., 256), (.5, 512), (.85, 2048))),
+          "tiny": Shape(64, 96, 2, 2, 1, 400, 512, 0., 1e-2, 1e-2, CURRICULUM)}
 REPEATS = 16                                # a long run takes less of a source than this many readings, about: more teaches it by heart
-LENGTHS = ((0., 512), (.8, 2048))           # tokens of a sequence from a point of the run on; the last is the model's context
 WARMUP, COOLDOWN = .02, .4                  # shares of the run; the rate is constant between (a trapezoid)
 EVALUATED = ("tinystories_valid", "alice", "time_machine")
 
 
-def deal(windows: Windows, step: int, progress: float, n_tokens: int, device: torch.device) -> Tensor:
+def deal(windows: Windows, step: int, progress: float, shape: Shape, device: torch.device) -> Tensor:
     """-> ids [B, T + 1], the mixture and the length being those of this point of the run."""
-    T = min([length for start, length in LENGTHS if progress >= start][-1], n_tokens)
+    n_tokens, curriculum = shape.batch_tokens, shape.curriculum
+    T = min([length for start, length in shape.lengths if progress >= start][-1], n_tokens)
     total, shares = step * n_tokens / progress if progress else 0., []      # of the whole run, as far as this point tells
     for i, ids in enumerate(windows.ids):
-        planned = total * sum((b - a) * (x[i] + y[i]) / 2 for (a, x), (b, y) in zip(CURRICULUM, CURRICULUM[1:], strict=False))
-        share = np.interp(progress, [at for at, _ in CURRICULUM], [s[i] for _, s in CURRICULUM])
+        planned = total * sum((b - a) * (x[i] + y[i]) / 2 for (a, x), (b, y) in zip(curriculum, curriculum[1:], strict=False))
+        share = np.interp(progress, [at for at, _ in curriculum], [s[i] for _, s in curriculum])
         shares.append(share * min(1., REPEATS * len(ids) / max(planned, 1.)))
     chosen = np.random.default_rng((7, step)).choice(len(SOURCES), n_tokens // T, p=np.array(shares) / sum(shares))
     return torch.from_numpy(np.stack([windows.next(int(source), T) for source in chosen])).to(device)
@@ -141,16 +150,16 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def hf_config(shape: Shape) -> dict[str, Any]:
-    """config.json. Positions up to the last of LENGTHS were trained, so theta is Llama's own, made for twice that."""
+    """config.json. Positions up to the last of the lengths were trained, so theta is Llama's own, made for twice that."""
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.dim, "intermediate_size": shape.mlp,
             "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": 64,
-            "vocab_size": shape.vocab_size, "max_position_embeddings": LENGTHS[-1][1], "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "vocab_size": shape.vocab_size, "max_position_embeddings": shape.lengths[-1][1], "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
             "attention_bias": False, "mlp_bias": False}
 
 
 def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int | None = None, resume: bool = False,
-          compile: bool | None = None, stop_after: int | None = None) -> tuple[Transformer, dict[str, Any]]:
+          grow_from: Path | None = None, compile: bool = True, stop_after: int | None = None) -> tuple[Transformer, dict[str, Any]]:
     """A run of so many minutes or steps over work/data -> the model, figures. stop_after: leave after that step (to be resumed)."""
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
     n_tokens = shape.batch_tokens
@@ -158,6 +167,8 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
     torch.set_float32_matmul_precision("high")
     config = ModelConfig.from_dict(hf_config(shape))
     model, windows = new_model(config, dropout=shape.dropout).to(device).train(), Windows(work / "data")
+    if grow_from is not None:
+        grow(model, grow_from)
     muon = Muon(model)
     adamw = torch.optim.AdamW([p for name, p in model.named_parameters() if name not in muon.parameters], betas=(.9, .95), weight_decay=0)
     step, before, rows = 0, 0., []
@@ -172,8 +183,8 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
         for name, buffer in muon.buffers.items():
             buffer.copy_(state["muon"][name])
         windows.drawn, step, before, rows = state["drawn"], state["step"], state["seconds"], state["rows"]
-    rope, cuda = Rope(config, LENGTHS[-1][1]).to(device), device.type == "cuda"
-    loss_fn = torch.compile(loss_of, dynamic=False) if (cuda if compile is None else compile) else loss_of
+    rope, cuda = Rope(config, shape.lengths[-1][1]).to(device), device.type == "cuda"
+    loss_fn = torch.compile(loss_of, dynamic=False) if compile else loss_of
     losses, marked, saved = [], started, started
 
     def save() -> None:
@@ -190,7 +201,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
             break
         factor = min(1, (progress + 1e-3) / WARMUP, (1 - progress) / COOLDOWN)
         torch.manual_seed(step)                                 # dropout
-        ids = deal(windows, step, progress, n_tokens, device)
+        ids = deal(windows, step, progress, shape, device)
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
             loss = loss_fn(model, rope, ids)
         loss.backward()
@@ -212,8 +223,10 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
                 saved = now
                 save()
     save()
+    parts = np.array_split(np.array([(row[2], row[3], row[5]) for row in rows]), min(12, len(rows))) if rows else []
+    curve = [(int(part[-1, 0]), int(part[-1, 1]), float(part[:, 2].mean())) for part in parts]
     read = {source: sum(n * T for (s, T), n in windows.drawn.items() if s == i) for i, source in enumerate(SOURCES)}
-    return model.eval(), {"steps": step, "tokens": step * n_tokens, "minutes": (before + time.monotonic() - started) / 60,
+    return model.eval(), {"steps": step, "tokens": step * n_tokens, "minutes": (before + time.monotonic() - started) / 60, "curve": curve,
                           "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
                           "epochs": {source: read[source] / len(ids) for source, ids in zip(SOURCES, windows.ids, strict=True)}}
 
@@ -243,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, help="of training, the cooldown included")
     budget.add_argument("--steps", type=int)
+    parser.add_argument("--grow", type=Path, metavar="DIR",
+                        help="start from this smaller checkpoint: its weights, its tokenizer and two chat tokens")
     parser.add_argument("--resume", action="store_true", help="go on from WORK/resume.pt (written every 5 minutes), same budget")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/train"), help="<source>.txt.xz (default: %(default)s)")
     parser.add_argument("--held-out", type=Path, default=Path("../shared/data/text"), help="<name>.txt (default: %(default)s)")
@@ -259,13 +274,14 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare, train, export, evaluate, write the card -> figures."""
     shape, target = SHAPES[args.shape], args.work / "checkpoint"
-    report = prepare(args.data, args.held_out, args.work / "data", shape.vocab_size)
-    model, figures = train(args.work, shape, minutes=args.minutes, steps=args.steps, resume=args.resume)
+    report = prepare(args.data, args.held_out, args.work / "data", shape.vocab_size, args.grow and args.grow / "tokenizer.model")
+    model, figures = train(args.work, shape, minutes=args.minutes, steps=args.steps, resume=args.resume, grow_from=args.grow)
     export(model, hf_config(shape), args.work / "data", target)
     shutil.copyfile(args.data / "storybooks_ccby_ATTRIBUTION.txt", target / "ATTRIBUTION.txt")
-    nll = evaluate(target, args.held_out)
-    (target / "README.md").write_text(model_card(target, report, figures | {"nll": nll}), encoding="utf-8")
-    return figures | {"nll_nats_per_byte": nll, "checkpoint": str(target)}
+    figures |= {"nll": evaluate(target, args.held_out), "nll_before": evaluate(EMBEDDED, args.held_out), "checkpoint": str(target),
+                "grown_from": args.grow and f"`{args.grow}`"}
+    (target / "README.md").write_text(model_card(target, report, figures), encoding="utf-8")
+    return figures
 
 
 if __name__ == "__main__":
