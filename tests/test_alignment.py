@@ -243,9 +243,10 @@ def test_bench_align_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     """Guards the command line: what cannot be is one line and status 2, before the work."""
     text = tmp_path / "text.txt"
     text.write_text("word " * 3000)
+    positions = ModelConfig.from_checkpoint(EMBEDDED).max_position_embeddings
     for options, why in ((["--out", "a.json"], "not a .safetensors"), (["--cache", "full"], "merges no layers"),
                          (["--cache", "minicache,group=3", "--pairs", "any"], "merges 3 layers"), (["--windows", "1"], "at least 2"),
-                         (["--context", "4"], "give 8 to 512"), (["--cache", "minicache,granularity=token"], "head by head"),
+                         (["--context", "4"], f"give 8 to {positions}"), (["--cache", "minicache,granularity=token"], "head by head"),
                          (["--cache", "minicache,pairs=0-1-2", "--pairs", "any"], "merges 3 layers")):
         assert bench.main(["align", "--text", str(text), "--out", str(tmp_path / "a.safetensors"), *options]) == 2
         err = capsys.readouterr().err

@@ -272,8 +272,9 @@ def test_a_cache_larger_than_memory_is_refused_with_its_bytes(monkeypatch: pytes
 def test_nonsense_sizes_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: minutes of loading before a typing error in --max-seq-len is told."""
     monkeypatch.setattr(engine.engine, "load_model", lambda *a, **b: pytest.fail("the weights were read first"))
-    with pytest.raises(ValueError, match="max_seq_len is 513, the model has 512 positions"):
-        Engine.from_pretrained(weights.EMBEDDED, max_seq_len=513)
+    n = ModelConfig.from_checkpoint(weights.EMBEDDED).max_position_embeddings
+    with pytest.raises(ValueError, match=f"max_seq_len is {n + 1}, the model has {n} positions"):
+        Engine.from_pretrained(weights.EMBEDDED, max_seq_len=n + 1)
 
 
 def test_embedded_checkpoint_from_pretrained() -> None:

@@ -23,6 +23,7 @@ from tokenizer import load_tokenizer
 from weights import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ModelConfig.from_checkpoint(EMBEDDED).n_layer
 GREEDY = ["--temperature", "0", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "12"]
 KEYS = {"text", "prompt_ids", "tokens", "prompt_tokens", "new_tokens", "finish_reason"}
 WHOLE_KEYS = {"ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "kv_bytes", "kv_bytes_by_kind", "bits_per_element", "ratio_to_full",
@@ -261,8 +262,8 @@ def truncated(folder: Path) -> None:
     (lambda folder: (folder / "tokenizer.model").unlink(), ["no tokenizer"]),
     (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
     (lambda folder: edit_config(folder, intermediate_size=96), ["shape"]),
-    (lambda folder: edit_config(folder, num_hidden_layers=11), ["left over"]),
-    (lambda folder: edit_config(folder, num_hidden_layers=13), ["missing"]),
+    (lambda folder: edit_config(folder, num_hidden_layers=LAYERS - 1), ["left over"]),
+    (lambda folder: edit_config(folder, num_hidden_layers=LAYERS + 1), ["missing"]),
     (lambda folder: edit_config(folder, model_type="gpt2"), ["model_type", "'gpt2'", "llama"]),
     (lambda folder: edit_config(folder, rope_scaling={"type": "yarn", "factor": 2.0}), ["rope_type", "'yarn'"]),
     (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
@@ -283,7 +284,8 @@ def test_a_merged_cache_reports_its_bytes_and_what_it_loses(run_json: Callable[.
     result = run_json("--prompt", "Once upon a time there was a dog", "--cache", "minicache,window=2,sinks=1", "--compare-full")
     assert sum(result["kv_bytes_by_kind"].values()) == result["kv_bytes"] and result["cache"] == "minicache,sinks=1,window=2"
     assert result["retained_filled"] > 0 and result["kl"] > 0 and 0 <= result["top1_agreement"] <= 1
-    assert len(result["k_error_by_layer"]) == 12 and max(result["k_error_by_layer"][:6]) == 0 < min(result["k_error_by_layer"][6:])
+    errors, middle = result["k_error_by_layer"], LAYERS // 2
+    assert len(errors) == LAYERS and max(errors[:middle]) == 0 < min(errors[middle:])
     same = run_json("--prompt", "Once upon a time there was a dog", "--compare-full")
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1 and same["nll"] == pytest.approx(same["nll_full"])
 

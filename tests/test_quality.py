@@ -130,7 +130,7 @@ def test_windows_do_not_overlap_and_start_as_prompts_do(text: str) -> None:
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--context", "500"], "--context 500 + --continuation 128 is 628 tokens, the model has 512 positions"),
+    (["--context", "9000"], "--context 9000 + --continuation 128 is 9128 tokens, the model has "),
     (["--windows", "0"], "--windows is 0; give at least 1"), (["--context", "24"], "tokens, 16 windows of"),
     (["--cache", "kivy"], "cache kind 'kivy' does not exist"), (["--cache", "rtn,group=48"], "group=48 does not divide head_dim 64"),
     (["--cache", "minicache,merge_from=5"], "choose one of"), (["--text", "absent.txt"], "--text absent.txt cannot be read"),

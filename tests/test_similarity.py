@@ -10,7 +10,8 @@ import bench
 from cache.merge import merge
 from engine.engine import Engine
 from engine.measure.similarity import compare_layers, pairs_to_merge, record
-from weights import load_model
+from model import ModelConfig
+from weights import EMBEDDED, load_model
 
 
 def test_cosines_and_losses_of_known_vectors() -> None:
@@ -84,12 +85,13 @@ def test_command_ends_with_what_it_would_merge(tmp_path: Path, capsys: pytest.Ca
     assert bench.main(args) == 0
     lines, data = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
     assert lines[-3].startswith("What to merge") and lines[-2].startswith("K after RoPE: ") and lines[-1].startswith("V: ")
-    assert data["settings"]["tokens"] == 80 and len(data["cosine_by_layer_pair"]["v"]["token_centred"]["p5"]) == 12
+    cosines, n = data["cosine_by_layer_pair"]["v"]["token_centred"]["p5"], ModelConfig.from_checkpoint(EMBEDDED).n_layer
+    assert data["settings"]["tokens"] == 80 and len(cosines) == n
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a traceback for windows beyond the model's positions."""
-    assert bench.main(["similarity", "--text", "x", "--context", "600"]) == 2
+    assert bench.main(["similarity", "--text", "x", "--context", "9000"]) == 2
     error = capsys.readouterr().err
-    assert "--context is 600; give 2 to 512" in error and error.count("\n") == 1
+    assert "--context is 9000; give 2 to " in error and error.count("\n") == 1

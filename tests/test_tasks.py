@@ -160,7 +160,7 @@ def test_a_group_that_sums_up_its_tasks_stands_for_them() -> None:
 @pytest.mark.parametrize(("args", "message"), [
     ([], 'needs lm-evaluation-harness'), (["--limit", "0"], "--limit is 0; give at least 1"), (["--cache", "kivy"], "cache kind 'kivy'"),
     (["--num-fewshot", "-1"], "--num-fewshot is -1; give at least 0"), (["--batch-size", "0"], "max_batch_size is 0"),
-    (["--max-seq-len", "513"], "the model has 512 positions"), (["--out", "absent/x.json"], "--out absent/x.json cannot be written")])
+    (["--max-seq-len", "9000"], "max_seq_len is 9000, "), (["--out", "absent/x.json"], "--out absent/x.json cannot be written")])
 def test_a_mistake_is_one_line_before_any_work(args: list[str], message: str, capsys: pytest.CaptureFixture[str],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback where the harness is not installed, and against weights that are loaded for nothing."""
