@@ -190,11 +190,17 @@ def test_a_grown_model_starts_as_the_small_one_and_trains_everywhere(work: Path,
         grow(recipe.new_model(recipe.ModelConfig.from_dict(recipe.hf_config(shape._replace(layers=1))), dropout=0), tmp_path / "small")
 
 
-def test_chat_tokens_join_a_vocabulary_at_its_end() -> None:
+def test_chat_tokens_join_a_vocabulary_at_its_end_and_once() -> None:
     """Guards a tokenizer that cuts text in another way than the weights know it."""
     import sentencepiece
-    old = (EMBEDDED / "tokenizer.model").read_bytes()
-    before, after = (sentencepiece.SentencePieceProcessor(model_proto=x) for x in (old, prepare_module.with_chat_tokens(old)))
+    protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="protobuf is not installed")
+    model = protobuf.ModelProto.FromString((EMBEDDED / "tokenizer.model").read_bytes())
+    kept = [p for p in model.pieces if p.piece not in (USER, ASSISTANT)]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    with_both = prepare_module.with_chat_tokens(model.SerializeToString())
+    assert prepare_module.with_chat_tokens(with_both) == with_both
+    before, after = (sentencepiece.SentencePieceProcessor(model_proto=x) for x in (model.SerializeToString(), with_both))
     n, text = before.vocab_size(), "Once upon a time, <|user|> said:\n\"Hello!\""
     assert [after.id_to_piece(i) for i in (n, n + 1)] == [USER, ASSISTANT] and after.is_control(n) and after.vocab_size() == n + 2
     assert after.encode(text) == before.encode(text) and after.decode(after.encode(text)) == text

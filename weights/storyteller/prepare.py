@@ -91,11 +91,13 @@ def train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> bytes:
 
 
 def with_chat_tokens(file: bytes) -> bytes:
-    """A sentencepiece model with USER and ASSISTANT as its last two pieces."""
+    """A sentencepiece model with USER and ASSISTANT as its last two pieces, if it lacks them."""
     from sentencepiece import sentencepiece_model_pb2 as protobuf  # needs the package protobuf
     model = protobuf.ModelProto.FromString(file)
+    known = {p.piece for p in model.pieces}
     for piece in (USER, ASSISTANT):
-        model.pieces.add(piece=piece, score=0., type=protobuf.ModelProto.SentencePiece.CONTROL)
+        if piece not in known:
+            model.pieces.add(piece=piece, score=0., type=protobuf.ModelProto.SentencePiece.CONTROL)
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
 
