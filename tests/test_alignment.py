@@ -220,7 +220,10 @@ def test_wrong_groups_are_refused_where_named_and_left_alone_where_not(stored: t
         find_alignment(str(path), path.parent, config)
 
 
-@pytest.mark.parametrize("options", [["--cache", "minicache,merge_from=10"], ["--cache", "minicache,merge_from=10", "--map", "orthogonal"],
+LAST_PAIR = f"minicache,merge_from={ModelConfig.from_checkpoint(EMBEDDED).n_layer - 2}"
+
+
+@pytest.mark.parametrize("options", [["--cache", LAST_PAIR], ["--cache", LAST_PAIR, "--map", "orthogonal"],
                                      ["--cache", "minicache,pairs=6-7:8-9,merge_k=0", "--pairs", "any"]])
 def test_bench_align_end_to_end(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Guards the command on the embedded checkpoint: a file that fits the SPEC it prints, and a table that never loses to no alignment."""

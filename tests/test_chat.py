@@ -4,19 +4,34 @@ References: the folder's own tokenizer.json through transformers; for Llama 2 an
 turn encoded apart, control ids set by number). Templates of the families are the published ones.
 """
 
+import functools
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tokenizer import ChatTemplate, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "tokenizers"
 STORYTELLER = ROOT / "weights" / "storyteller"
+
+
+@functools.cache
+def plain_tokenizer() -> Path:
+    """The embedded sentencepiece model without its chat tokens, by which a family would be told."""
+    model = ModelProto.FromString((STORYTELLER / "tokenizer.model").read_bytes())
+    kept = [piece for piece in model.pieces if piece.piece not in ("<|user|>", "<|assistant|>")]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    path = Path(tempfile.mkdtemp()) / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -61,7 +76,7 @@ def small(tmp_path: Path, template: object = None, **config: str) -> Path:
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     added = {"<|im_start|>": 4096, "<|im_end|>": 4097}
     return copy_with(
-        tmp_path, STORYTELLER / "tokenizer.model", tokenizer_config=settings, added_tokens=added, config=config
+        tmp_path, plain_tokenizer(), tokenizer_config=settings, added_tokens=added, config=config
     )
 
 
@@ -118,7 +133,7 @@ def llama_2_ids(model: sentencepiece.SentencePieceProcessor, messages: list[dict
 @pytest.mark.parametrize("where", ["llama2", "storyteller"])
 def test_llama_2_built_in(where, tmp_path):
     """Guards: the built-in format of a Llama checkpoint without template, the exchange's own BOS and EOS included."""
-    path = (STORYTELLER if where == "storyteller" else shared(where)) / "tokenizer.model"
+    path = plain_tokenizer() if where == "storyteller" else shared(where) / "tokenizer.model"
     _, template = load(copy_with(tmp_path, path, config={"model_type": "llama"}))
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for messages in CHATS:

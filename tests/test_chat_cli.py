@@ -51,9 +51,10 @@ def test_a_turn_continues_the_ids_before_it(monkeypatch, tokenizer):
     assert "Who are you?" in tokenizer.decode(second) and "Go on." in tokenizer.decode(third)
 
 
-def test_reset_forgets_all_but_the_system_message(monkeypatch, tokenizer):
+def test_reset_forgets_all_but_the_system_message(monkeypatch, tokenizer, tmp_path):
     type_lines(monkeypatch, "Hello.", "/reset", "Hello.", "/exit", "Never sent.")
-    first, second = run_loop(tokenizer, system="Be kind.")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{% for m in messages %}{{ m[\'content\'] }} {% endfor %}"}')
+    first, second = run_loop(tokenizer, system="Be kind.", template=ChatTemplate.from_checkpoint(tmp_path, tokenizer))
     assert first == second and "Be kind." in tokenizer.decode(first)
 
 

@@ -79,7 +79,7 @@ def test_command_shows_what_the_model_takes_from_the_needle(text: str, tmp_path:
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--lengths", "64,x"], "--lengths 64,x is not a list of whole numbers"), (["--lengths", "510"], "ask for at most"),
+    (["--lengths", "64,x"], "--lengths 64,x is not a list of whole numbers"), (["--lengths", "5000"], "ask for at most"),
     (["--depths", "1"], "--depths is 1; give at least 2"), (["--cache", "kivy"], "cache kind 'kivy' does not exist"),
     (["--text", "absent.txt"], "--text absent.txt cannot be read"), (["--needles", "99"], "give a longer text or --needles 3"),
     (["--cache", "minicache,merge_from=5"], "choose one of"), (["--plot", "n.pdf"], "--plot n.pdf is not a .png")])

@@ -15,11 +15,12 @@ from engine.measure.quality import Result, measure, pareto_front
 from engine.measure.report import print_table, write_json
 from engine.measure.rivals import parse_cache
 from engine.measure.windows import read_windows
-from model import Rope
+from model import ModelConfig, Rope
 from tokenizer import load_tokenizer
 from weights import EMBEDDED, load_model
 
-SHAPE = dict(n_layer=12, n_kv_head=3, head_dim=64, max_seq_len=32, batch=2, dtype=torch.float32)
+LAYERS = ModelConfig.from_checkpoint(EMBEDDED).n_layer
+SHAPE = dict(n_layer=LAYERS, n_kv_head=3, head_dim=64, max_seq_len=32, batch=2, dtype=torch.float32)
 ARGS = ["--context", "24", "--continuation", "8", "--windows", "3", "--batch-size", "2", "--dtype", "float32"]
 
 
@@ -70,7 +71,8 @@ def test_a_lent_prompt_changes_nothing(text: str, chunk: bool) -> None:
 
 def test_differences_are_paired_by_window() -> None:
     """Guards the interval: it comes from differences, not from the spread of texts; a cache cut short is held against its own windows."""
-    full, other = (Result(spec, CacheConfig.parse(spec), {"full": 12 * 3 * 2 * 32 * 64 * 4}, SHAPE) for spec in ("full", "quant,bits=4"))
+    size = {"full": LAYERS * 3 * 2 * 32 * 64 * 4}
+    full, other = (Result(spec, CacheConfig.parse(spec), size, SHAPE) for spec in ("full", "quant,bits=4"))
     full.losses = [torch.tensor([[1., 3.], [0, 0], [1, 1]]), torch.tensor([[9., 9.], [0, 0], [1, 1]])]
     other.losses = [torch.tensor([[1.1, 3.3], [.02, .04], [1, .5]])]
     row = other.as_json(full)

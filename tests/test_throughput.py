@@ -97,7 +97,7 @@ def test_trace_sets_the_capacity(here, run_out, tmp_path) -> None:
 
 
 def test_fill_memory_takes_the_rows_of_the_card(here, run_out) -> None:
-    _, result = run_out("--fill-memory", "0.028", "--cache", "full", "minicache,bits=4,window=2,sinks=0")
+    _, result = run_out("--fill-memory", "0.051", "--cache", "full", "minicache,bits=4,window=2,sinks=0")
     fits = [card["rows_that_fit"] for card in result["cards"]]
     assert [c.batch for c in here] == fits == [row["batch"] for row in result["rows"]] and fits[1] > fits[0] > 1
 
@@ -273,12 +273,12 @@ def gpt_fast(request, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["embedded", "llama-3-8b"])
-def test_gpt_fast_says_what_the_engine_says(gpt_fast: str, name: str) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_gpt_fast_says_what_the_engine_says(gpt_fast: str, tied: bool) -> None:
     """Guards rows of q and k in the wrong order, gate and up swapped, kv heads, a tied head, a second run on the first one's cache."""
     config = replace(NAMED_CONFIGS["llama-3-8b"], vocab_size=256, dim=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=32,
-                     intermediate_size=64)
-    model = load_model(EMBEDDED, dtype=torch.float32) if name == "embedded" else random_model(config, dtype=torch.float32)
+                     intermediate_size=64, tie_word_embeddings=tied)
+    model = random_model(config, dtype=torch.float32)
     prompts = random_prompts(model.config.vocab_size, [25])
     peer = GptFast(model, gpt_fast, capacity=40, compile=False)
     expected = greedy(Engine(model, max_seq_len=40), prompts, 15)
