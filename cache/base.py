@@ -195,7 +195,7 @@ def attend_columns(q: Tensor, n_kv_head: int, blocks: Iterable[Columns]) -> Tens
 
 
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """SDPA over full-precision columns: q [B, H, T, D], k, v [B, G, N, D], mask [B | 1, 1, T, N] bool or None: causal from the start."""
+    """SDPA over full-precision columns: q [B, H, T, D], k, v [B, G, N, D], mask bool or additive, to [B, 1, T, N]; None: causal."""
     B, H, T, D = q.shape
     if T == 1 and mask is not None:     # the query heads of a kv head as its queries: no kernel can fall back to repeating K and V
         y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask)
