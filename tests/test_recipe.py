@@ -70,9 +70,13 @@ def load_tokenizer_text(work: Path, source: str) -> str:
     return sp.decode(np.load(work / "data" / f"{source}.npy").tolist())
 
 
-def test_data_of_another_vocabulary_is_refused(work: Path) -> None:
+def test_data_of_another_vocabulary_or_tokenizer_is_refused(work: Path) -> None:
     with pytest.raises(ValueError, match="vocabulary of 400, this shape has 401"):
         prepare(work, work, work / "data", 401)
+    own = work / "data" / "tokenizer.model"
+    assert prepare(work, work, work / "data", SHAPE.vocab_size, own)["vocab_size"] == SHAPE.vocab_size
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        prepare(work, work, work / "data", SHAPE.vocab_size, EMBEDDED / "tokenizer.model")
 
 
 def test_a_blank_line_that_became_a_separator_joins_again_and_two_stories_do_not(tmp_path: Path) -> None:

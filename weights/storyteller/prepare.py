@@ -111,6 +111,8 @@ def prepare(data: Path, held_out: Path, target: Path, vocab_size: int, tokenizer
         if report["vocab_size"] != vocab_size:
             raise ValueError(f"{target} was made for a vocabulary of {report['vocab_size']}, this shape has {vocab_size}; "
                              "choose another --work")
+        if tokenizer is not None and with_chat_tokens(tokenizer.read_bytes()) != (target / "tokenizer.model").read_bytes():
+            raise ValueError(f"{target} was made with another tokenizer than {tokenizer}; choose another --work")
         return report
     target.mkdir(parents=True, exist_ok=True)
     held = {name: np.unique(word_runs((held_out / f"{name}.txt").read_text(encoding="utf-8"))) for name in HELD_OUT}
