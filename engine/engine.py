@@ -21,6 +21,7 @@ from model import ModelConfig, Rope, Transformer
 from weights import Alignment, align, available_bytes, load_model
 
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
+PREFILL_MASK = 2 ** 23      # entries of a chunk's mask over the whole prompt: past 16k tokens chunks become shorter
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
 
 
@@ -229,6 +230,7 @@ class Engine:
         together. `past` bounds `length`.
         """
         P = ids.shape[1]
+        chunk = min(self.prefill_chunk, max(PREFILL_MASK // P, 64))
         x = self.model.embed(ids)
         column = torch.arange(P, device=self.device)
         input_pos, valid = length[:, None] + column, column < n_new[:, None]
@@ -236,8 +238,8 @@ class Engine:
             exact = [GroupPrefill(group, P, past=past) for group in groups]
             handles = {layer: handle for e in exact for layer, handle in zip(e.group.layers, e.layers, strict=True)}
             layers = sorted(handles)
-            for start in range(0, P, self.prefill_chunk):
-                at = slice(start, start + self.prefill_chunk)
+            for start in range(0, P, chunk):
+                at = slice(start, start + chunk)
                 pos = input_pos[:, at]
                 caches = [handles[layer] for layer in layers]
                 x[:, at] = self.model.run_layers(x[:, at], layers, caches, self.rope(pos), pos, valid[:, at], rows)

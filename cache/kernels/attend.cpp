@@ -161,8 +161,7 @@ struct Worker {
         vf bound = all(1e-30f);
         for (int i = 0; i < P; i += LANES) bound = larger(bound, larger(load(x + i), -load(x + i)));
         const float unit = largest(bound) / std::min(32767.f, 0x1p21f / P), by = 1 / unit;
-        for (int i = 0; i < P / 2; i += LANES)
-            store(&q_pairs[h * P / 2 + i], pair(nearest(load(x + i) * by), nearest(load(x + i + P / 2) * by)));
+        for (int i = 0; i < P / 2; i++) q_pairs[h * P / 2 + i] = pair(std::lrint(x[2 * i] * by), std::lrint(x[2 * i + 1] * by));
         k_by[h] *= unit * k_format->unit;
     }
 };

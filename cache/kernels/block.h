@@ -4,7 +4,7 @@
 //   float  plain rows, and codes of fp32 models: a word is a number
 //   pairs  codes of bf16 and fp16 models: a word is two int16 levels, multiplied and summed in one instruction. Queries and probabilities
 //          become int16 too, with a unit per head: 13 bits and a sign (queries 12 beyond D = 256), finer than the model's own numbers.
-//          Half the lookups, half the products. K pairs coordinates i and i + P / 2 of a column, V columns c and c + BLOCK / 2.
+//          Half the products. K pairs neighbouring coordinates of a column, V columns c and c + BLOCK / 2.
 // Rows of scratch are P = D rounded up to 32 words. What stands in the pads of K meets zeros of the query, so it must only be finite.
 // Vectors are the compiler's own (GCC and clang); AVX2 is written out only where they fall short: lookups, products of pairs, sums.
 #pragma once
@@ -40,7 +40,7 @@ INLINE vi multiply_add(vi acc, vi a, vi b) {        // pairs: acc + a.low * b.lo
     return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-INLINE vi pair(vi low, vi high) { return (low & 0xffff) | high << 16; }
+template <class T> INLINE T pair(T low, T high) { return (low & 0xffff) | high << 16; }
 INLINE vi nearest(vf x) {               // |x| < 2^22: adding 1.5 * 2^23 leaves the nearest integer in the low bits
     const vf big = all(12582912.f);
     return (vi)(x + big) - (vi)big;
@@ -84,24 +84,22 @@ struct State {
     int64_t G, D, N, R, W, k_bits, v_bits, k_own, v_own, dtype, half_magnitude;
 };
 
-// What a stored row means: plain numbers of a type (bits 16), or codes and the two halves of the word that a code becomes.
+// What a stored row means: plain numbers of a type (bits 16), or codes and what a code becomes: a float's bits, an int16's.
 struct Format {
     int bits;
     Type type;
     bool pairs;
     float unit = 1;                         // of int16 levels
-    uint32_t low[256] = {}, high[256] = {};
+    uint32_t word[256] = {};
     alignas(32) uint8_t byte[4][16] = {};   // the first 16 words byte by byte, for lookups by byte shuffle
 
     Format(Type type, int bits, const float* level) : bits(bits), type(type), pairs(bits < 16 && type != F32) {
         const int n = bits < 16 ? 1 << bits : 0;
         if (pairs) unit = std::max(std::abs(level[0]), std::abs(level[n - 1])) / INT_MAX_V;     // levels ascend
         for (int i = 0; i < n; i++) {
-            uint32_t word;
-            memcpy(&word, &level[i], 4);
-            if (pairs) word = (uint16_t)std::lrint(level[i] / unit) * 0x10001u;     // the level in both halves
-            low[i] = word & 0xffff, high[i] = word & 0xffff0000;
-            for (int j = 0; j < 4 && i < 16; j++) byte[j][i] = word >> 8 * j;
+            memcpy(&word[i], &level[i], 4);
+            if (pairs) word[i] = (uint16_t)std::lrint(level[i] / unit);
+            for (int j = 0; j < 4 && i < 16; j++) byte[j][i] = word[i] >> 8 * j;
         }
     }
     int64_t bytes(int64_t D) const { return bits < 16 ? D * bits / 8 : D * (type == F32 ? 4 : 2); }     // of a row
@@ -138,36 +136,48 @@ template <int BITS> INLINE void unpack(const char* row, int D, uint8_t* code) {
     n >= 16 ? unpack<BITS, v16>(row, D, code) : n >= 8 ? unpack<BITS, uint64_t>(row, D, code) : unpack<BITS, uint8_t>(row, D, code);
 }
 
-// Codes to look up: the bytes at `at`, shifted right by 0 or 4; of 16 levels or fewer, what is left above four bits does not count.
-struct Codes { const uint8_t* at; int shift; };
+// n coordinates of a row of codes, one a byte or (NIBBLES) packed by planes, as scratch: floats, int16 levels, or pairs: a's level | b's.
+enum Form { FLOATS, LEVELS, PAIRS };
 
-// out[i] = low[first[i]] | high[second[i]], i < n. Up to 16 levels the table stays in registers; n is rounded up to 32 then.
-INLINE void look_up(const Format& format, Codes first, Codes second, int n, uint32_t* out) {
-    if (format.bits == 8) {
-        for (int i = 0; i < n; i++) out[i] = format.low[first.at[i]] | format.high[second.at[i]];
+template <Form FORM, bool NIBBLES> INLINE void look_up(const Format& format, const uint8_t* a, const uint8_t* b, int n, uint32_t* out) {
+#ifdef __AVX2__
+    if (format.bits < 8) {
+        // A byte shuffle looks up one byte of 32 words; interleaving the bytes makes the words. It works within halves of 16 bytes, so what
+        // is to end up in order is dealt to the halves first, packed codes before they are parted.
+        const __m256i deal = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), mask = _mm256_set1_epi8(15);
+        auto read = [](const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); };
+        __m256i table[4], x[2], t[4];
+        for (int j = 0; j < 4; j++) table[j] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)format.byte[j]));
+        for (int i = 0; i < (NIBBLES ? n / 2 : n); i += 32) {
+            if (FORM == LEVELS) x[0] = _mm256_permute4x64_epi64(read(a + i), 0xd8);
+            else x[0] = _mm256_permutevar8x32_epi32(read(a + i), deal);
+            if (FORM == PAIRS) {
+                const __m256i y = x[0], z = _mm256_permutevar8x32_epi32(read(b + i), deal);
+                x[0] = _mm256_unpacklo_epi8(y, z), x[1] = _mm256_unpackhi_epi8(y, z);
+            }
+            for (int part = 0; part <= NIBBLES; part++)
+                for (int k = 0; k <= (FORM == PAIRS); k++) {
+                    uint32_t* to = out + (part * n / 2 + i + 16 * k) / (FORM == LEVELS ? 2 : 1);
+                    const __m256i code = _mm256_and_si256(part ? _mm256_srli_epi16(x[k], 4) : x[k], mask);
+                    for (int j = 0; j < (FORM == FLOATS ? 4 : 2); j++) t[j] = _mm256_shuffle_epi8(table[j], code);
+                    const __m256i low = _mm256_unpacklo_epi8(t[0], t[1]), high = _mm256_unpackhi_epi8(t[0], t[1]);
+                    if (FORM != FLOATS) {
+                        store(to, low), store(to + 8, high);
+                        continue;
+                    }
+                    const __m256i more = _mm256_unpacklo_epi8(t[2], t[3]), most = _mm256_unpackhi_epi8(t[2], t[3]);
+                    store(to, _mm256_unpacklo_epi16(low, more)), store(to + 8, _mm256_unpackhi_epi16(low, more));
+                    store(to + 16, _mm256_unpacklo_epi16(high, most)), store(to + 24, _mm256_unpackhi_epi16(high, most));
+                }
+        }
         return;
     }
-#ifdef __AVX2__
-    // A byte shuffle looks up one byte of 32 words; four of them, interleaved twice, are the words. Interleaving works within halves of 16
-    // bytes, so dwords 0 2 4 6 of the codes go to the lower half and 1 3 5 7 to the upper one.
-    const __m256i halves = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), mask = _mm256_set1_epi8(15);
-    auto codes = [&](Codes from, int i) {
-        const __m256i x = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)(from.at + i)), halves);
-        return _mm256_and_si256(from.shift ? _mm256_srli_epi16(x, 4) : x, mask);
-    };
-    __m256i table[4], x[4];
-    for (int j = 0; j < 4; j++) table[j] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)format.byte[j]));
-    for (int i = 0; i < n; i += 32) {
-        const __m256i a = codes(first, i), b = codes(second, i);
-        for (int j = 0; j < 4; j++) x[j] = _mm256_shuffle_epi8(table[j], j < 2 ? a : b);
-        const __m256i l0 = _mm256_unpacklo_epi8(x[0], x[1]), h0 = _mm256_unpacklo_epi8(x[2], x[3]);
-        const __m256i l1 = _mm256_unpackhi_epi8(x[0], x[1]), h1 = _mm256_unpackhi_epi8(x[2], x[3]);
-        store(out + i, _mm256_unpacklo_epi16(l0, h0)), store(out + i + 8, _mm256_unpackhi_epi16(l0, h0));
-        store(out + i + 16, _mm256_unpacklo_epi16(l1, h1)), store(out + i + 24, _mm256_unpackhi_epi16(l1, h1));
-    }
-#else
-    for (int i = 0; i < n; i++) out[i] = format.low[first.at[i] >> first.shift & 15] | format.high[second.at[i] >> second.shift & 15];
 #endif
+    for (int i = 0; i < n; i++) {
+        auto word = [&](const uint8_t* row) { return format.word[!NIBBLES ? row[i] : i < n / 2 ? row[i] & 15 : row[i - n / 2] >> 4]; };
+        if (FORM == LEVELS) ((uint16_t*)out)[i] = word(a);
+        else out[i] = FORM == PAIRS ? word(a) | word(b) << 16 : word(a);
+    }
 }
 
 // -- scratch ----------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +187,7 @@ struct Scratch {
     std::vector<uint8_t> code;              // one a byte
     Scratch(int D, int P) : D(D), P(P), words(BLOCK * P + 32), code(BLOCK * P + 64) {}
 
-    // n rows -> numbers [n, P], or pairs of coordinates [n, P / 2] or of columns [min(n, BLOCK / 2), P].
+    // n rows -> floats [n, P], or int16 levels [n, P], or (columns) their pairs [min(n, BLOCK / 2), P].
     void fill(const char* const* row, int n, const Format& format, bool columns) {
         if (D == 128) fill<128>(row, n, format, columns);       // known widths: the loops become straight vector code
         else if (D == 64) fill<64>(row, n, format, columns);
@@ -185,32 +195,26 @@ struct Scratch {
     }
 
     template <int KNOWN> void fill(const char* const* row, int n, const Format& format, bool columns) {
-        const int D = KNOWN ? KNOWN : this->D, P = KNOWN ? KNOWN : this->P, half = P / 2;
+        const int D = KNOWN ? KNOWN : this->D, P = KNOWN ? KNOWN : this->P;
         const bool nibbles = format.bits == 4 && D % 64 == 0;       // packed rows are looked up as they are
         const int64_t bytes = format.bytes(D);
-        auto fetch = [&](int c) { for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[c] + BLOCK * bytes + b); };  // next block
-        auto codes = [&](int c, int part) {
-            return nibbles ? Codes{(const uint8_t*)row[c], 4 * part} : Codes{&code[c * P + part * half], 0};
-        };
-        auto out = (uint32_t*)words.data();
-        for (int c = 0; c < n && !nibbles; c++) {
-            if (format.bits == 16) fetch(c), widen(row[c], format.type, D, P, &words[c * P]);
+        for (int c = 0; c < n; c++) {
+            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[c] + BLOCK * bytes + b);         // next block
+            if (format.bits == 16) widen(row[c], format.type, D, P, &words[c * P]);
             if (format.bits == 8) memcpy(&code[c * P], row[c], D);
-            if (format.bits == 4) unpack<4>(row[c], D, &code[c * P]);
+            if (format.bits == 4 && !nibbles) unpack<4>(row[c], D, &code[c * P]);
             if (format.bits == 3) unpack<3>(row[c], D, &code[c * P]);
             if (format.bits == 2) unpack<2>(row[c], D, &code[c * P]);
         }
-        if (format.bits == 16) return;
-        if (format.pairs && !columns) {
-            for (int c = 0; c < n; c++) fetch(c), look_up(format, codes(c, 0), codes(c, 1), half, out + c * half);
-            return;
-        }
-        const int apart = format.pairs ? BLOCK / 2 : 0;
-        for (int c = 0; c < (format.pairs ? std::min(n, apart) : n); c++) {
-            fetch(c);
-            if (format.pairs) fetch(c + apart);
-            for (int i = 0; i < 2; i++) look_up(format, codes(c, i), codes(c + apart, i), half, out + c * P + i * half);
-        }
+        if (format.bits < 16) nibbles ? decode<true>(row, n, P, format, columns) : decode<false>(row, n, P, format, columns);
+    }
+
+    template <bool NIBBLES> INLINE void decode(const char* const* row, int n, int P, const Format& format, bool columns) {
+        auto at = [&](int c) { return NIBBLES ? (const uint8_t*)row[c] : &code[c * P]; };
+        auto out = (uint32_t*)words.data();
+        if (!format.pairs) for (int c = 0; c < n; c++) look_up<FLOATS, NIBBLES>(format, at(c), nullptr, P, out + c * P);
+        else if (!columns) for (int c = 0; c < n; c++) look_up<LEVELS, NIBBLES>(format, at(c), nullptr, P, out + c * P / 2);
+        else for (int c = 0; c < std::min(n, BLOCK / 2); c++) look_up<PAIRS, NIBBLES>(format, at(c), at(c + BLOCK / 2), P, out + c * P);
     }
 };
 

@@ -21,7 +21,6 @@ from weights.names import tensor_slots
 PEERS = {"transformers": 0, "gpt-fast": 1}              # name -> words after it
 COMPILED = ("StaticCache", "gpt-fast")                  # the peers whose own documentation compiles the step
 Peered = tuple[str, str | None]                         # a cache class of transformers or "gpt-fast", and its folder
-QUANTIZERS = {"quanto": "optimum", "hqq": "hqq"}        # QuantizedCache backend -> package
 
 
 def read_peers(given: Sequence[Sequence[str]], config: ModelConfig, capacity: int,
@@ -59,7 +58,9 @@ def available_caches() -> tuple[list[str], list[str]]:
 
 
 def quantizer() -> str | None:
-    return next((backend for backend, package in QUANTIZERS.items() if importlib.util.find_spec(package)), None)
+    """A backend of QuantizedCache whose package is installed."""
+    from transformers.utils import is_hqq_available, is_optimum_quanto_available
+    return "quanto" if is_optimum_quanto_available() else "hqq" if is_hqq_available() else None
 
 
 class Peer:
