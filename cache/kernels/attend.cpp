@@ -63,11 +63,13 @@ struct Worker {
             const int some = std::min<int64_t>(end - c, BLOCK);
             magnitudes(a.k_magnitude, layer + c, some, k_scale);
             magnitudes(a.v_magnitude, layer + c, some, v_scale);
-            for (int i = 0; i < some; i++) {
-                k[n] = k_from + (c + i) * k_row, v[n] = v_from + (c + i) * v_row, k_scale[n] = k_scale[i], v_scale[n] = v_scale[i];
-                n += !(a.exact && a.exact[c + i]);
+            int kept = 0;
+            if (!a.exact) for (; kept < some; kept++) k[kept] = k_from + (c + kept) * k_row, v[kept] = v_from + (c + kept) * v_row;
+            else for (int i = 0; i < some; i++) {
+                k[kept] = k_from + (c + i) * k_row, v[kept] = v_from + (c + i) * v_row;
+                k_scale[kept] = k_scale[i], v_scale[kept] = v_scale[i], kept += !a.exact[c + i];
             }
-            if (n) flush();
+            if ((n = kept)) flush();
         }
     }
 

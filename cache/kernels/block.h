@@ -197,10 +197,8 @@ struct Scratch {
     template <int KNOWN> void fill(const char* const* row, int n, const Format& format, bool columns) {
         const int D = KNOWN ? KNOWN : this->D, P = KNOWN ? KNOWN : this->P;
         const bool nibbles = format.bits == 4 && D % 64 == 0;       // packed rows are looked up as they are
-        const int64_t bytes = format.bytes(D);
-        for (int c = 0; c < n; c++) {
-            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row[c] + BLOCK * bytes + b);         // next block
-            if (format.bits == 16) widen(row[c], format.type, D, P, &words[c * P]);
+        for (int c = 0; c < n && !nibbles; c++) {
+            if (format.bits == 16) fetch(row[c], format.bytes(D)), widen(row[c], format.type, D, P, &words[c * P]);
             if (format.bits == 8) memcpy(&code[c * P], row[c], D);
             if (format.bits == 4 && !nibbles) unpack<4>(row[c], D, &code[c * P]);
             if (format.bits == 3) unpack<3>(row[c], D, &code[c * P]);
@@ -209,8 +207,16 @@ struct Scratch {
         if (format.bits < 16) nibbles ? decode<true>(row, n, P, format, columns) : decode<false>(row, n, P, format, columns);
     }
 
+    static INLINE void fetch(const char* row, int64_t bytes) {         // the same column of the next block
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + BLOCK * bytes + b);
+    }
+
     template <bool NIBBLES> INLINE void decode(const char* const* row, int n, int P, const Format& format, bool columns) {
-        auto at = [&](int c) { return NIBBLES ? (const uint8_t*)row[c] : &code[c * P]; };
+        const int64_t bytes = format.bytes(D);
+        auto at = [&](int c) {
+            fetch(row[c], bytes);
+            return NIBBLES ? (const uint8_t*)row[c] : &code[c * P];
+        };
         auto out = (uint32_t*)words.data();
         if (!format.pairs) for (int c = 0; c < n; c++) look_up<FLOATS, NIBBLES>(format, at(c), nullptr, P, out + c * P);
         else if (!columns) for (int c = 0; c < n; c++) look_up<LEVELS, NIBBLES>(format, at(c), nullptr, P, out + c * P / 2);
