@@ -67,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="the system message of a chat")
     add_model_options(parser)
     add("--max-new-tokens", metavar="N", type=int, default=256, help="limit for each prompt or reply (default: 256)")
-    add("--temperature", metavar="X", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    add("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens (default: 0, from all)")
-    add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest that reach probability P (default: 1, all)")
+    add("--temperature", metavar="X", type=float, help="0: always the likeliest token (default: the checkpoint's own, else 0.8)")
+    add("--top-k", metavar="K", type=int, help="sample from the K likeliest tokens (default: the checkpoint's own, else 0, from all)")
+    add("--top-p", metavar="P", type=float, help="sample from the likeliest that reach probability P (default likewise, else 1, all)")
     add("--seed", metavar="N", type=int, help="the same seed gives the same text (default: another text each run)")
     add("--max-seq-len", metavar="S", type=int, help="capacity: tokens of prompt and new text (default: the longest prompt + "
         f"--max-new-tokens, in a chat {CHAT_CAPACITY}, at most the model's positions)")
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from cache import CacheConfig
     from engine import Engine, SamplingParams, figures
     from engine.compare import compare_to_full
-    from tokenizer import ChatTemplate, stop_ids
+    from tokenizer import ChatTemplate, sampling_settings, stop_ids
     from tokenizer.chat_loop import ChatLoop
     from weights import find_alignment
 
@@ -127,8 +127,9 @@ def run(args: argparse.Namespace) -> int:
     (device, dtype), cache = device_and_dtype(args), CacheConfig.parse(args.cache)
     checkpoint, config, tokenizer = open_checkpoint(args.checkpoint)
     alignment = find_alignment(args.alignment, checkpoint, config, cache)
-    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                            seed=args.seed, stop_ids=stop_ids(checkpoint, tokenizer))
+    given = {key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(args, key)) is not None}
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, seed=args.seed, stop_ids=stop_ids(checkpoint, tokenizer),
+                            **{"temperature": 0.8} | sampling_settings(checkpoint) | given)
     results = [] if args.chat else [Result(text, tokenizer.encode(text)) for text in read_prompts(args)]
     max_seq_len = args.max_seq_len
     if max_seq_len is None:

@@ -126,6 +126,25 @@ def test_seed_decides_the_text(run_json):
     assert tokens("--seed", "3", "--top-k", "1") == tokens("--seed", "4", "--top-p", "1e-6") == run_json()["tokens"]
 
 
+def test_sampling_is_the_checkpoints_own_unless_given(tmp_path, capsys):
+    """Guards generation_config.json: read, overruled by an option, refused with its name where it holds nonsense."""
+    for file in EMBEDDED.glob("*.*"):
+        (tmp_path / file.name).symlink_to(file)
+    config = tmp_path / "generation_config.json"
+    config.unlink()
+    options = ["--json", "--checkpoint", str(tmp_path), "--device", "cpu", "--max-new-tokens", "12", "--seed", "3"]
+
+    def tokens(settings: dict, *more: str) -> list[int]:
+        config.write_text(json.dumps(settings))
+        assert generate.main([*options, *more]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+    own = {"do_sample": True, "temperature": 1.5, "top_k": 1}
+    assert tokens(own) == tokens({}, "--temperature", "0") != tokens(own, "--top-k", "0") == tokens({}, "--temperature", "1.5")
+    assert tokens(own | {"do_sample": False}) == tokens({}) == tokens({}, "--temperature", "0.8")
+    config.write_text('{"do_sample": true, "top_p": "high"}')
+    assert generate.main(options) == 2 and "generation_config.json: top_p is 'high'" in capsys.readouterr().err
+
+
 def test_output_that_the_terminal_cannot_show_does_not_end_the_run(monkeypatch):
     """Guards a UnicodeEncodeError in the middle of a text where stdout is not UTF-8."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

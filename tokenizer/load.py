@@ -1,4 +1,4 @@
-"""Which tokenizer a checkpoint has, and where its texts end.
+"""Which tokenizer a checkpoint has, where its texts end, and how it would be sampled.
 
 Decided by the files' first bytes: sentencepiece is a protobuf, tiktoken lines of base64. `tokenizer.model` is preferred
 to `tokenizer.json`, because its libraries are always installed. Never decided by the folder's name.
@@ -49,3 +49,16 @@ def stop_ids(checkpoint_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...
         value = read_json(Path(checkpoint_dir) / name).get("eos_token_id")
         ids |= set(value) if isinstance(value, list) else {value}
     return tuple(sorted(ids - {None}))
+
+
+def sampling_settings(checkpoint_dir: Path | str) -> dict[str, float]:
+    """temperature, top_k, top_p as far as generation_config.json recommends them; none where it does not say "do_sample": true."""
+    path = Path(checkpoint_dir) / "generation_config.json"
+    config = read_json(path)
+    if config.get("do_sample") is not True:
+        return {}
+    settings = {key: config[key] for key in ("temperature", "top_k", "top_p") if config.get(key) is not None}
+    for key, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else (int, float)):
+            raise ValueError(f"{path}: {key} is {value!r}, not a number; correct it or take it out")
+    return settings
