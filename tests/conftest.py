@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tokenizer_files import write_json, write_tiktoken, write_with_added
+
+from tokenizer import load_tokenizer
 
 torch.set_num_threads(1)        # tiny models are ten times faster with one thread
 settings.register_profile("repeatable", derandomize=True)       # a run that fails fails again
@@ -99,6 +102,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def backends(tmp_path_factory) -> dict:
+    """One tokenizer per file format, from files that every clone has."""
+    writers = {"sentencepiece": write_with_added, "tiktoken": write_tiktoken, "json": write_json}
+    return {name: load_tokenizer(write(tmp_path_factory.mktemp(name))) for name, write in writers.items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,8 @@
-"""Tokenizers against the libraries that made the files: ids, special tokens, streaming, bad files.
-
-The families' real files lie in ../shared and are skipped where absent; the embedded checkpoint's tokenizer, with added
-tokens written beside it, a tiktoken file and a tokenizer.json built here cover every backend in a bare clone.
-"""
+"""Tokenizers against the libraries that made the files: ids, special tokens, streaming. Bad files: test_tokenizer_files.py."""
 
 import base64
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +10,10 @@ import sentencepiece
 import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_files import PIPELINES, STORYTELLER, shared, write_json, write_tiktoken, write_with_added
 
 from tokenizer import load_tokenizer, stop_ids
 from tokenizer.tiktoken_model import SPECIAL_TOKENS, SPLIT_PATTERN
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "tokenizers"
-STORYTELLER = ROOT / "weights" / "storyteller"
 
 TEXTS = [
     "Once upon a time, there was a fox.",
@@ -47,100 +39,8 @@ TEXTS = [
 ]
 
 
-def shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip("the families' tokenizer files are not beside this repository")
-    return path
-
-
 def fast_reference(path: Path):
     return pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_file=str(path))
-
-
-def write_tiktoken(folder: Path) -> Path:
-    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"ll", b"hell", b"hello", b" hello", "é".encode()]
-    lines = (base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    return folder
-
-
-def write_with_added(folder: Path) -> Path:
-    """The embedded sentencepiece model with tokens like Phi-3's beside it: one rstrip, one not special, a gap."""
-    shutil.copy(STORYTELLER / "tokenizer.model", folder)
-    (folder / "added_tokens.json").write_text('{"<|end|>": 4096, "<|user|>": 4098, "<|note|>": 4099}')
-    user = {"content": "<|user|>", "rstrip": True, "special": True}
-    note = {"content": "<|note|>", "special": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"4098": user, "4099": note}}))
-    return folder
-
-
-PIPELINES = {
-    "prepend": {
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-    },
-    "first": {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
-    },
-    "always": {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
-    },
-}
-
-
-def write_json(folder: Path, pipeline: str = "prepend") -> Path:
-    pieces = ["<unk>", "<s>", "</s>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    added = []
-    for id, text in enumerate(pieces[:4]):
-        flags = {"lstrip": False, "rstrip": text == "<|end|>", "single_word": False, "normalized": False}
-        added.append({"id": id, "content": text, "special": True, **flags})
-    pieces += ["▁", "h", "i", "▁h", "▁hi", "hi", "▁▁"]
-    spec = {
-        "version": "1.0",
-        "added_tokens": added,
-        **PIPELINES[pipeline],
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {piece: id for id, piece in enumerate(pieces)},
-            "merges": [["▁", "h"], ["▁h", "i"], ["h", "i"], ["▁", "▁"]],
-        },
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def backends(tmp_path_factory) -> dict:
-    """One tokenizer per file format, from files that every clone has."""
-    writers = {"sentencepiece": write_with_added, "tiktoken": write_tiktoken, "json": write_json}
-    return {name: load_tokenizer(write(tmp_path_factory.mktemp(name))) for name, write in writers.items()}
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
@@ -336,99 +236,3 @@ def test_leading_space(backends):
     assert tokenizer.decode(ids, continues=True) == " there was"
     stream = tokenizer.stream(continues=True)
     assert "".join(stream.put(id) for id in ids) == " there was"
-
-
-# --- odd input and bad files -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["sentencepiece", "tiktoken", "json"])
-def test_lone_surrogate(backend, backends):
-    """Guards: a traceback for an undecodable byte on the command line."""
-    tokenizer = backends[backend]
-    assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a\ufffdb"
-
-
-def test_very_long_white_space(tmp_path):
-    """Guards: tiktoken's panic (a BaseException) on a million spaces."""
-    tokenizer = load_tokenizer(write_tiktoken(tmp_path))
-    assert tokenizer.decode(tokenizer.encode(" " * 1_000_000 + "x")) == " " * 1_000_000 + "x"
-
-
-def test_which_file_is_read(tmp_path):
-    """Guards: needing the `tokenizers` extra although a tokenizer.model lies there; Mistral's own file names."""
-    write_json(write_with_added(tmp_path))
-    assert load_tokenizer(tmp_path).vocab_size == 4100
-    (tmp_path / "tokenizer.model").rename(tmp_path / "tokenizer.model.v3")
-    assert load_tokenizer(str(tmp_path)).vocab_size == 4100
-    (tmp_path / "tokenizer.model.v3").unlink()
-    assert load_tokenizer(tmp_path).vocab_size == 4100  # the added tokens still lie there
-    assert load_tokenizer(tmp_path).encode("hi", bos=False) == [264]
-
-
-def test_no_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"needs tokenizer\.model or tokenizer\.json"):
-        load_tokenizer(tmp_path)
-
-
-def test_tokenizers_library_absent(tmp_path, monkeypatch):
-    """Guards: an ImportError's traceback where one pip command is the cure."""
-    write_json(tmp_path)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install tokenizers"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("size", [0, 1, 13, 14, 1000, 40000, -1])
-def test_truncated_sentencepiece(size, tmp_path):
-    """Guards: a half-downloaded file read as a smaller vocabulary."""
-    data = (STORYTELLER / "tokenizer.model").read_bytes()
-    (tmp_path / "tokenizer.model").write_bytes(data[:size])
-    with pytest.raises(ValueError, match=r"tokenizer\.model \(\d+ bytes\) is"):
-        load_tokenizer(tmp_path)
-
-
-def test_tiktoken_cut_between_lines(tmp_path):
-    """Guards: every special id off by the lines that are missing."""
-    (write_tiktoken(tmp_path) / "config.json").write_text('{"bos_token_id": 262}')
-    assert load_tokenizer(tmp_path).bos_id == 262
-    lines = (tmp_path / "tokenizer.model").read_bytes().splitlines(keepends=True)
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:-2]))
-    with pytest.raises(ValueError, match="ends at rank 259, but config.json has bos_token_id 262"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        (b"IQ== 0\nIg=", "line 2"),
-        (b"IQ== 0\nIg== one\n", "line 2"),
-        (b"IQ== 0\nI*== 1\n", "line 2"),
-        (b"IQ== 0\nIg== 2\n", "consecutive ranks"),
-        (b"\x80\x04pickle", "neither a sentencepiece nor a tiktoken model"),
-    ],
-)
-def test_corrupt_model_file(data, message, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("tokenizer.json", "{"),
-        ("tokenizer.json", '{"added_tokens": []}'),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
-        ("tokenizer_config.json", '{"bos_token": {"text": "<s>"}}'),
-        ("added_tokens.json", '{"<a>": "b"}'),
-    ],
-)
-def test_corrupt_json(name, text, tmp_path):
-    """Guards: a KeyError or a JSONDecodeError without the file's name."""
-    write_json(tmp_path)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*") as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
