@@ -31,13 +31,13 @@ struct Worker {
     const char *k[BLOCK], *v[BLOCK];
     float k_scale[BLOCK], v_scale[BLOCK];
     Scratch scratch;
-    std::vector<float> q, s, k_by, v_by;
-    std::vector<int32_t> q_pairs, p_pairs;
+    std::vector<float> q, s, k_by, v_by, middle;                // middle: what BYTES add to a score for not being signed
+    std::vector<int32_t> q_bytes, p_pairs;
     float *y = nullptr, *top = nullptr, *total = nullptr;
 
     Worker(const Args& a, const Format& k_codes, const Format& v_codes, int P, const float* rotated)
-        : a(a), k_codes(k_codes), v_codes(v_codes), plain((Type)a.dtype, 16, nullptr), heads(a.H / a.G), D(a.D), P(P),
-          rotated(rotated), scratch(D, P), q(heads * P), s(heads * BLOCK), k_by(heads), v_by(heads), q_pairs(heads * P / 2),
+        : a(a), k_codes(k_codes), v_codes(v_codes), plain((Type)a.dtype, 16, nullptr, FLOATS), heads(a.H / a.G), D(a.D), P(P),
+          rotated(rotated), scratch(D, P), q(heads * P), s(heads * BLOCK), k_by(heads), v_by(heads), middle(heads), q_bytes(heads * P / 4),
           p_pairs(heads * BLOCK) {}
 
     void run(const Task& task, float* out) {
@@ -50,7 +50,8 @@ struct Worker {
             if (k_format->bits < 16) widen((const char*)(rotated + at * D), F32, D, P, &q[h * P]);
             else widen(a.q + at * plain.bytes(D), plain.type, D, P, &q[h * P]);
             k_by[h] = 1 / std::sqrt((float)D);
-            if (k_format->pairs) pack_q(h);
+            middle[h] = 0;
+            if (k_format->form == BYTES) pack_q(h);
         }
         task.exact ? exact_columns(task) : merged_columns(task);
     }
@@ -104,19 +105,20 @@ struct Worker {
 
     void flush() {      // the block joins (y, maximum, total)
         const float* words = scratch.words.data();
-        const auto pairs = (const int32_t*)words;
-        scratch.fill(k, n, *k_format, false);
+        const auto integers = (const int32_t*)words;
+        scratch.fill(k, n, *k_format);
         for (int h = 0; h < heads; h += 8) {
             const int more = std::min(heads - h, 8) - 1;
-            if (k_format->pairs) Loops<int32_t>::scores[more](&q_pairs[h * P / 2], pairs, n, P / 2, &s[h * BLOCK]);
+            if (k_format->form == BYTES) Loops<int32_t>::scores[more](&q_bytes[h * P / 4], integers, n, P / 4, &s[h * BLOCK]);
             else Loops<float>::scores[more](&q[h * P], words, n, P, &s[h * BLOCK]);
         }
         for (int c = n; c < BLOCK; c++) k_scale[c] = 1, v_scale[c] = 0, v[c] = v[0];
         softmax();
-        scratch.fill(v, n, *v_format, true);
+        scratch.fill(v, n, *v_format);
         for (int h = 0; h < heads; h += 8) {
             const int more = std::min(heads - h, 8) - 1;
-            if (v_format->pairs) Loops<int32_t>::adds[more](&p_pairs[h * BLOCK], pairs, std::min(n, BLOCK / 2), P, &v_by[h], y + h * P);
+            const int some = std::min(n, BLOCK / 2);
+            if (v_format->form == PAIRS) Loops<int32_t>::adds[more](&p_pairs[h * BLOCK], integers, some, P, &v_by[h], y + h * P);
             else Loops<float>::adds[more](&s[h * BLOCK], words, n, P, &v_by[h], y + h * P);
         }
         n = 0;
@@ -129,7 +131,7 @@ struct Worker {
             std::fill(p + n, p + BLOCK, -INFINITY);
             vf most = all(top[h]);
             for (int c = 0; c < BLOCK; c += LANES) {
-                const vf x = load(p + c) * (load(k_scale + c) * k_by[h]);
+                const vf x = (load(p + c) - middle[h]) * (load(k_scale + c) * k_by[h]);
                 store(p + c, x), most = larger(most, x);
             }
             const float maximum = largest(most);
@@ -147,9 +149,9 @@ struct Worker {
                 store(p + c, x), part += e, bound = larger(bound, larger(x, -x));
             }
             total[h] += sum(part);
-            v_by[h] = v_format->pairs ? std::max(largest(bound), 1e-30f) / INT_MAX_V : 1;
+            v_by[h] = v_format->form == PAIRS ? std::max(largest(bound), 1e-30f) / INT_MAX_V : 1;
         }
-        if (!v_format->pairs) return;
+        if (v_format->form != PAIRS) return;
         for (int h = 0; h < heads; h++) {
             const float *p = &s[h * BLOCK], by = 1 / v_by[h];
             for (int c = 0; c < BLOCK / 2; c += LANES)
@@ -158,12 +160,18 @@ struct Worker {
         }
     }
 
-    void pack_q(int h) {        // the largest integer is such that P / LANES products with a level stay below 2^31
+    void pack_q(int h) {
+        typedef int8_t narrow __attribute__((vector_size(LANES)));
         const float* x = &q[h * P];
         vf bound = all(1e-30f);
         for (int i = 0; i < P; i += LANES) bound = larger(bound, larger(load(x + i), -load(x + i)));
-        const float unit = largest(bound) / std::min(32767.f, 0x1p21f / P), by = 1 / unit;
-        for (int i = 0; i < P / 2; i++) q_pairs[h * P / 2 + i] = pair(std::lrint(x[2 * i] * by), std::lrint(x[2 * i + 1] * by));
+        const float unit = largest(bound) / Q_MAX, by = 1 / unit;
+        vi total = {};
+        for (int i = 0; i < P; i += LANES) {
+            const vi n = nearest(load(x + i) * by);
+            total += n, store((int8_t*)&q_bytes[h * P / 4] + i, __builtin_convertvector(n, narrow));
+        }
+        middle[h] = MIDDLE * sum(to_float(total));
         k_by[h] *= unit * k_format->unit;
     }
 };
@@ -194,7 +202,7 @@ void join(const Args& a, const Task* task, int64_t n, const float* partial, int6
 extern "C" void attend(const Args* args) {
     const Args& a = *args;
     const int P = (a.D + 31) / 32 * 32;
-    const Format k_codes((Type)a.dtype, a.k_bits, a.k_levels), v_codes((Type)a.dtype, a.v_bits, a.v_levels);
+    const Format k_codes((Type)a.dtype, a.k_bits, a.k_levels, BYTES), v_codes((Type)a.dtype, a.v_bits, a.v_levels, PAIRS);
     std::vector<Task> tasks;
     std::vector<size_t> first;      // of each kv head
     for (int64_t b = 0; b < a.B; b++) {

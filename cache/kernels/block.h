@@ -1,72 +1,19 @@
 // What happens to one block of up to BLOCK columns: rows of storage -> scratch that stays in L1, scores of a query, weighted sum of values.
 //
-// Scratch has one of two forms, both of 32-bit words, so one lookup and one pair of loops serve both:
-//   float  plain rows, and codes of fp32 models: a word is a number
-//   pairs  codes of bf16 and fp16 models: a word is two int16 levels, multiplied and summed in one instruction. Queries and probabilities
-//          become int16 too, with a unit per head: 13 bits and a sign (queries 12 beyond D = 256), finer than the model's own numbers.
-//          Half the products. K pairs neighbouring coordinates of a column, V columns c and c + BLOCK / 2.
+// Scratch has one of three forms, all of 32-bit words, so one pair of loops serves them:
+//   floats  plain rows, codes of fp32 models, 8-bit K
+//   bytes   K of up to 4 bits: a word is four levels on a grid of 7 bits; queries become 8 bits, sums of products are exact. Both roundings
+//           together add less than 1 % to the squared error of the codes themselves.
+//   pairs   V of bf16 and fp16 models: a word is the int16 levels of columns c and c + BLOCK / 2, probabilities are 13 bits and a sign
 // Rows of scratch are P = D rounded up to 32 words. What stands in the pads of K meets zeros of the query, so it must only be finite.
-// Vectors are the compiler's own (GCC and clang); AVX2 is written out only where they fall short: lookups, products of pairs, sums.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "vector.h"
 
-constexpr int LANES = 8, BLOCK = 32;
+namespace {
+
+constexpr int BLOCK = 32;
 constexpr float INT_MAX_V = 8191;       // largest level and probability as int16: BLOCK products of the two stay below 2^31
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-
-// -- vectors ----------------------------------------------------------------------------------------------------------------------------
-INLINE vf load(const float* p) { vf x; memcpy(&x, p, sizeof x); return x; }
-INLINE vi load(const int32_t* p) { vi x; memcpy(&x, p, sizeof x); return x; }
-template <class V> INLINE void store(void* p, V x) { memcpy(p, &x, sizeof x); }
-INLINE vf all(float x) { return vf{x, x, x, x, x, x, x, x}; }
-INLINE vi all(int32_t x) { return vi{x, x, x, x, x, x, x, x}; }
-INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
-INLINE vf to_float(vf x) { return x; }
-INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-INLINE vf multiply_add(vf acc, vf a, vf b) { return acc + a * b; }
-INLINE vi multiply_add(vi acc, vi a, vi b) {        // pairs: acc + a.low * b.low + a.high * b.high
-#ifdef __AVX2__
-    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-    return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-template <class T> INLINE T pair(T low, T high) { return (low & 0xffff) | high << 16; }
-INLINE vi nearest(vf x) {               // |x| < 2^22: adding 1.5 * 2^23 leaves the nearest integer in the low bits
-    const vf big = all(12582912.f);
-    return (vi)(x + big) - (vi)big;
-}
-INLINE vf exponential(vf x) {           // x <= 0; exactly 0 below -87. Degree 6 within +-ln(2) / 2: relative error 2e-7
-    const vf in = larger(x, all(-88.f));
-    const vi n = nearest(in * 1.44269504f);
-    const vf by = to_float(n), r = in - by * 0.693359375f + by * 2.12194440e-4f;
-    const vf p = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    return (vf)((vi)(p * (vf)((n + 127) << 23)) & (x > -87.f));
-}
-INLINE float largest(vf x) {
-    return std::max(std::max(std::max(x[0], x[4]), std::max(x[2], x[6])), std::max(std::max(x[1], x[5]), std::max(x[3], x[7])));
-}
-INLINE float sum(vf x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-template <class V> INLINE void sums(const V* x, int n, float* out) {        // out[i] = sum of x[i]; fills out up to a multiple of 4
-    for (int i = 0; i < n; i += 4) {
-#ifdef __AVX2__
-        auto at = [&](int j) { return (__m256)to_float(x[std::min(i + j, n - 1)]); };
-        const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(at(0), at(1)), _mm256_hadd_ps(at(2), at(3)));
-        _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-#else
-        for (int j = i; j < std::min(i + 4, n); j++) out[j] = sum(to_float(x[j]));
-#endif
-    }
-}
 
 // -- formats ----------------------------------------------------------------------------------------------------------------------------
 enum Type { F32, BF16, F16 };
@@ -84,21 +31,38 @@ struct State {
     int64_t G, D, N, R, W, k_bits, v_bits, k_own, v_own, dtype, half_magnitude;
 };
 
-// What a stored row means: plain numbers of a type (bits 16), or codes and what a code becomes: a float's bits, an int16's.
+// What a stored row means: plain numbers of a type (bits 16), or codes and what a code becomes in scratch.
+enum Form { FLOATS, BYTES, PAIRS };
+constexpr int MIDDLE = 63, Q_MAX = 127;     // BYTES: level 0; the largest query. A product is at most 2 * 63 * 127
+
 struct Format {
     int bits;
     Type type;
-    bool pairs;
-    float unit = 1;                         // of int16 levels
+    Form form;
+    float unit = 1;                         // of an integer level
     uint32_t word[256] = {};
     alignas(32) uint8_t byte[4][16] = {};   // the first 16 words byte by byte, for lookups by byte shuffle
 
-    Format(Type type, int bits, const float* level) : bits(bits), type(type), pairs(bits < 16 && type != F32) {
-        const int n = bits < 16 ? 1 << bits : 0;
-        if (pairs) unit = std::max(std::abs(level[0]), std::abs(level[n - 1])) / INT_MAX_V;     // levels ascend
+    Format(Type type, int bits, const float* level, Form integers) : bits(bits), type(type), form(FLOATS) {
+        if (bits == 16) return;
+        const int n = 1 << bits;
+        const float most = std::max(-level[0], level[n - 1]);       // levels ascend
+        if (type != F32 && !(integers == BYTES && bits == 8)) form = integers;
+        if (form == PAIRS) unit = most / INT_MAX_V;
+        float least = INFINITY;
+        for (int steps = MIDDLE; form == BYTES && steps > MIDDLE * 3 / 4; steps--) {        // the grid that lies nearest to the levels
+            const float step = most / steps;
+            float error = 0;
+            for (int i = 0; i < n; i++) {
+                const float off = level[i] - step * std::lrint(level[i] / step);
+                error += off * off;
+            }
+            if (error < least) least = error, unit = step;
+        }
         for (int i = 0; i < n; i++) {
             memcpy(&word[i], &level[i], 4);
-            if (pairs) word[i] = (uint16_t)std::lrint(level[i] / unit);
+            if (form == BYTES) word[i] = MIDDLE + std::lrint(level[i] / unit);
+            if (form == PAIRS) word[i] = (uint16_t)std::lrint(level[i] / unit);
             for (int j = 0; j < 4 && i < 16; j++) byte[j][i] = word[i] >> 8 * j;
         }
     }
@@ -136,38 +100,42 @@ template <int BITS> INLINE void unpack(const char* row, int D, uint8_t* code) {
     n >= 16 ? unpack<BITS, v16>(row, D, code) : n >= 8 ? unpack<BITS, uint64_t>(row, D, code) : unpack<BITS, uint8_t>(row, D, code);
 }
 
-// n coordinates of a row of codes, one a byte or (NIBBLES) packed by planes, as scratch: floats, int16 levels, or pairs: a's level | b's.
-enum Form { FLOATS, LEVELS, PAIRS };
-
+// n coordinates of a row of codes, one a byte or (NIBBLES) packed by planes, as scratch; PAIRS: a's level | b's.
 template <Form FORM, bool NIBBLES> INLINE void look_up(const Format& format, const uint8_t* a, const uint8_t* b, int n, uint32_t* out) {
 #ifdef __AVX2__
     if (format.bits < 8) {
         // A byte shuffle looks up one byte of 32 words; interleaving the bytes makes the words. It works within halves of 16 bytes, so what
         // is to end up in order is dealt to the halves first, packed codes before they are parted.
         const __m256i deal = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), mask = _mm256_set1_epi8(15);
-        auto read = [](const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); };
-        __m256i table[4], x[2], t[4];
-        for (int j = 0; j < 4; j++) table[j] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)format.byte[j]));
+        auto read = [&](const uint8_t* from) {
+            const __m256i x = _mm256_loadu_si256((const __m256i*)from);
+            return FORM == BYTES ? x : _mm256_permutevar8x32_epi32(x, deal);
+        };
+        constexpr int SIZE = FORM == BYTES ? 1 : FORM == PAIRS ? 2 : 4;         // bytes of a level
+        __m256i table[SIZE], x[2], t[SIZE];
+        for (int j = 0; j < SIZE; j++) table[j] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)format.byte[j]));
         for (int i = 0; i < (NIBBLES ? n / 2 : n); i += 32) {
-            if (FORM == LEVELS) x[0] = _mm256_permute4x64_epi64(read(a + i), 0xd8);
-            else x[0] = _mm256_permutevar8x32_epi32(read(a + i), deal);
+            x[0] = read(a + i);
             if (FORM == PAIRS) {
-                const __m256i y = x[0], z = _mm256_permutevar8x32_epi32(read(b + i), deal);
+                const __m256i y = x[0], z = read(b + i);
                 x[0] = _mm256_unpacklo_epi8(y, z), x[1] = _mm256_unpackhi_epi8(y, z);
             }
             for (int part = 0; part <= NIBBLES; part++)
                 for (int k = 0; k <= (FORM == PAIRS); k++) {
-                    uint32_t* to = out + (part * n / 2 + i + 16 * k) / (FORM == LEVELS ? 2 : 1);
+                    const int at = part * n / 2 + i + 16 * k;
                     const __m256i code = _mm256_and_si256(part ? _mm256_srli_epi16(x[k], 4) : x[k], mask);
-                    for (int j = 0; j < (FORM == FLOATS ? 4 : 2); j++) t[j] = _mm256_shuffle_epi8(table[j], code);
-                    const __m256i low = _mm256_unpacklo_epi8(t[0], t[1]), high = _mm256_unpackhi_epi8(t[0], t[1]);
-                    if (FORM != FLOATS) {
-                        store(to, low), store(to + 8, high);
-                        continue;
+                    for (int j = 0; j < SIZE; j++) t[j] = _mm256_shuffle_epi8(table[j], code);
+                    if constexpr (FORM == BYTES) store((uint8_t*)out + at, t[0]);
+                    else {
+                        const __m256i low = _mm256_unpacklo_epi8(t[0], t[1]), high = _mm256_unpackhi_epi8(t[0], t[1]);
+                        if constexpr (FORM == PAIRS) store(out + at, low), store(out + at + 8, high);
+                        else {
+                            const __m256i more = _mm256_unpacklo_epi8(t[2], t[3]), most = _mm256_unpackhi_epi8(t[2], t[3]);
+                            store(out + at, _mm256_unpacklo_epi16(low, more)), store(out + at + 8, _mm256_unpackhi_epi16(low, more));
+                            store(out + at + 16, _mm256_unpacklo_epi16(high, most));
+                            store(out + at + 24, _mm256_unpackhi_epi16(high, most));
+                        }
                     }
-                    const __m256i more = _mm256_unpacklo_epi8(t[2], t[3]), most = _mm256_unpackhi_epi8(t[2], t[3]);
-                    store(to, _mm256_unpacklo_epi16(low, more)), store(to + 8, _mm256_unpackhi_epi16(low, more));
-                    store(to + 16, _mm256_unpacklo_epi16(high, most)), store(to + 24, _mm256_unpackhi_epi16(high, most));
                 }
         }
         return;
@@ -175,7 +143,7 @@ template <Form FORM, bool NIBBLES> INLINE void look_up(const Format& format, con
 #endif
     for (int i = 0; i < n; i++) {
         auto word = [&](const uint8_t* row) { return format.word[!NIBBLES ? row[i] : i < n / 2 ? row[i] & 15 : row[i - n / 2] >> 4]; };
-        if (FORM == LEVELS) ((uint16_t*)out)[i] = word(a);
+        if (FORM == BYTES) ((uint8_t*)out)[i] = word(a);
         else out[i] = FORM == PAIRS ? word(a) | word(b) << 16 : word(a);
     }
 }
@@ -187,14 +155,14 @@ struct Scratch {
     std::vector<uint8_t> code;              // one a byte
     Scratch(int D, int P) : D(D), P(P), words(BLOCK * P + 32), code(BLOCK * P + 64) {}
 
-    // n rows -> floats [n, P], or int16 levels [n, P], or (columns) their pairs [min(n, BLOCK / 2), P].
-    void fill(const char* const* row, int n, const Format& format, bool columns) {
-        if (D == 128) fill<128>(row, n, format, columns);       // known widths: the loops become straight vector code
-        else if (D == 64) fill<64>(row, n, format, columns);
-        else fill<0>(row, n, format, columns);
+    // n rows -> floats or bytes [n, P], or pairs [min(n, BLOCK / 2), P].
+    void fill(const char* const* row, int n, const Format& format) {
+        if (D == 128) fill<128>(row, n, format);        // known widths: the loops become straight vector code
+        else if (D == 64) fill<64>(row, n, format);
+        else fill<0>(row, n, format);
     }
 
-    template <int KNOWN> void fill(const char* const* row, int n, const Format& format, bool columns) {
+    template <int KNOWN> void fill(const char* const* row, int n, const Format& format) {
         const int D = KNOWN ? KNOWN : this->D, P = KNOWN ? KNOWN : this->P;
         const bool nibbles = format.bits == 4 && D % 64 == 0;       // packed rows are looked up as they are
         for (int c = 0; c < n && !nibbles; c++) {
@@ -204,40 +172,41 @@ struct Scratch {
             if (format.bits == 3) unpack<3>(row[c], D, &code[c * P]);
             if (format.bits == 2) unpack<2>(row[c], D, &code[c * P]);
         }
-        if (format.bits < 16) nibbles ? decode<true>(row, n, P, format, columns) : decode<false>(row, n, P, format, columns);
+        if (format.bits < 16) nibbles ? decode<true>(row, n, P, format) : decode<false>(row, n, P, format);
     }
 
     static INLINE void fetch(const char* row, int64_t bytes) {         // the same column of the next block
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + BLOCK * bytes + b);
     }
 
-    template <bool NIBBLES> INLINE void decode(const char* const* row, int n, int P, const Format& format, bool columns) {
+    template <bool NIBBLES> INLINE void decode(const char* const* row, int n, int P, const Format& format) {
         const int64_t bytes = format.bytes(D);
         auto at = [&](int c) {
             fetch(row[c], bytes);
             return NIBBLES ? (const uint8_t*)row[c] : &code[c * P];
         };
         auto out = (uint32_t*)words.data();
-        if (!format.pairs) for (int c = 0; c < n; c++) look_up<FLOATS, NIBBLES>(format, at(c), nullptr, P, out + c * P);
-        else if (!columns) for (int c = 0; c < n; c++) look_up<LEVELS, NIBBLES>(format, at(c), nullptr, P, out + c * P / 2);
+        if (format.form == FLOATS) for (int c = 0; c < n; c++) look_up<FLOATS, NIBBLES>(format, at(c), nullptr, P, out + c * P);
+        else if (format.form == BYTES) for (int c = 0; c < n; c++) look_up<BYTES, NIBBLES>(format, at(c), nullptr, P, out + c * P / 4);
         else for (int c = 0; c < std::min(n, BLOCK / 2); c++) look_up<PAIRS, NIBBLES>(format, at(c), at(c + BLOCK / 2), P, out + c * P);
     }
 };
 
-// -- arithmetic, HEADS query heads together; T is float, or int32_t for pairs -------------------------------------------------------------
+// -- arithmetic, HEADS query heads together; T is float, or int32_t: bytes in score, pairs in add ----------------------------------------
 // s[h][c] = q[h] . k[c]; the loop holds about eight sums in registers, so several columns are taken at once where heads are few.
 template <class T, int HEADS> void score(const T* q, const T* k, int n, int width, float* s) {
     constexpr int COLUMNS = HEADS == 1 ? 8 : HEADS == 2 ? 4 : HEADS <= 4 ? 2 : 1;
     using V = decltype(load(q));
     for (int c = 0; c < n; c += COLUMNS) {      // may run past n into old rows of scratch: those scores are dropped later
         V acc[HEADS][COLUMNS] = {}, x[COLUMNS];
+#pragma GCC unroll 4
         for (int i = 0; i < width; i += LANES) {
             for (int j = 0; j < COLUMNS; j++) x[j] = load(k + (c + j) * width + i);
             for (int h = 0; h < HEADS; h++)
-                for (int j = 0; j < COLUMNS; j++) acc[h][j] = multiply_add(acc[h][j], load(q + h * width + i), x[j]);
+                for (int j = 0; j < COLUMNS; j++) acc[h][j] = multiply_add_4(acc[h][j], load(q + h * width + i), x[j]);
         }
         float each[HEADS * COLUMNS + 3];
-        sums(&acc[0][0], HEADS * COLUMNS, each);
+        sums<HEADS * COLUMNS>(&acc[0][0], each);
         for (int h = 0; h < HEADS; h++) for (int j = 0; j < COLUMNS; j++) s[h * BLOCK + c + j] = each[h * COLUMNS + j];
     }
 }
@@ -282,3 +251,5 @@ inline void rotate(const float* x, const float* rotation, int D, float by, float
         for (int s = 0; s < some; s++) store(out + j + s * LANES, acc[s] * by);
     }
 }
+
+}  // namespace

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cache.kernels import library
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attend.cpp", "commit.cpp", "block.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("attend.cpp", "commit.cpp", "block.h", "vector.h")]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}        # Type in block.h
 RETENTION = {"topk": 0, "intended": 1, "literal": 2}                    # Retention in commit.cpp
 COMPILER = "clang++" if sys.platform == "darwin" else "g++"             # torch.compile's own defaults
