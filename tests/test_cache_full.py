@@ -8,11 +8,13 @@ from test_engine import PROMPTS, read, tiny
 
 import cache.base
 import cache.prefill
+import engine.engine
 from cache import CacheConfig, KVCache, build_cache
 from cache.base import LayerGroup
 from engine import Engine
 from model import ModelConfig
 from model.transformer import MixtureOfExperts
+from weights import random_model
 
 B, S, D = 4, 13, 8
 
@@ -146,6 +148,16 @@ def test_prefill_in_chunks_of_any_size(chunk: int, window: int | None) -> None:
     prompt, (a, b) = PROMPTS[1], (tiny(window=window), tiny(window=window, prefill_chunk=chunk))
     torch.testing.assert_close(prefill(b, prompt), prefill(a, prompt), rtol=0, atol=1e-5)
     torch.testing.assert_close(read(b, 0, 20), read(a, 0, 20), rtol=0, atol=1e-5)
+
+
+def test_a_long_prompt_passes_in_shorter_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a chunk's mask over its whole prompt, which would grow with the prompt."""
+    monkeypatch.setattr(engine.engine, "PREFILL_MASK", 70 * 150)
+    model = random_model(ModelConfig("llama", 97, 48, 2, 4, 2, 12, 64, 160, dtype=torch.float32))
+    run_layers, widths = model.run_layers, []
+    monkeypatch.setattr(model, "run_layers", lambda x, *rest: widths.append(x.shape[1]) or run_layers(x, *rest))
+    prefill(Engine(model, max_seq_len=150), list(range(75)) * 2)
+    assert widths == [70, 70, 10] * 2       # for each layer
 
 
 @pytest.mark.parametrize("window", [None, 5])
