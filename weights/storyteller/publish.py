@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from engine import Engine, SamplingParams
 from model import Transformer
-from tokenizer import ChatTemplate, load_tokenizer
+from tokenizer import ChatTemplate, load_tokenizer, sampling_settings
 from weights import load_model
 from weights.names import tensor_slots
 from weights.storyteller.prepare import ASSISTANT, USER
@@ -25,6 +25,7 @@ EVAL_CHARACTERS, EVAL_CONTEXT = 150_000, 512        # of each held-out text; 512
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '" + USER + " ' + m['content'] }}"
             "{% elif m['role'] == 'assistant' %}{{ '" + ASSISTANT + " ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}        # what a small model says with more is hard to follow
 SAMPLES = ("Once upon a time", "The little dragon was afraid of the dark.", "One day, Lily and Ben went to the sea.")
 CONVERSATIONS = ("Tell me a story about a fox named Rusty in the forest.", "The hero is Mia. It happens at the beach.")
 
@@ -40,14 +41,14 @@ def export(model: Transformer, config: dict[str, Any], data: Path, directory: Pa
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     for name, content in {
             "config.json": config,
-            "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "max_length": config["max_position_embeddings"]},
+            "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "max_length": config["max_position_embeddings"], **SAMPLING},
             "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False,
                                       **special, "chat_template": TEMPLATE}}.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def samples(directory: Path, *, max_new_tokens: int = 200) -> str:
-    """Unedited continuations, greedy and sampled (seeds 0, 1, ...), as Markdown."""
+    """Unedited continuations, greedy and sampled by the checkpoint's own settings (seeds 0, 1, ...), as Markdown."""
     tokenizer = load_tokenizer(directory)
     chat = ChatTemplate.from_checkpoint(directory, tokenizer)
     asked = [(text, tokenizer.encode(text)) for text in SAMPLES]
@@ -55,8 +56,8 @@ def samples(directory: Path, *, max_new_tokens: int = 200) -> str:
     longest, stop = max(len(ids) for _, ids in asked), (tokenizer.eos_id,)
     engine, parts = Engine.from_pretrained(directory, dtype=torch.float32, max_seq_len=longest + max_new_tokens), []
     for seed, (text, ids) in enumerate(asked):
-        for how, temperature in (("greedy", 0.), (f"temperature 0.8, seed {seed}", .8)):
-            params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=stop)
+        for how, settings in (("greedy", {}), (f"sampled, seed {seed}", sampling_settings(directory))):
+            params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, stop_ids=stop, **settings)
             new = [token for step in engine.generate([ids], params) for _, token in step.tokens]
             reply = tokenizer.decode(new, continues=True).replace("\n", "\n> ")
             parts.append(f"**{text}** ({how})\n>{'' if reply.startswith(' ') else ' '}{reply}\n")
