@@ -41,7 +41,7 @@ INLINE vi multiply_add_4(vi acc, vi q, vi k) {      // bytes: the four products 
     return acc;
 #endif
 }
-template <class T> INLINE T pair(T low, T high) { return (low & 0xffff) | high << 16; }
+INLINE vi pair(vi low, vi high) { return (low & 0xffff) | high << 16; }
 INLINE vi nearest(vf x) {               // |x| < 2^22: adding 1.5 * 2^23 leaves the nearest integer in the low bits
     const vf big = all(12582912.f);
     return (vi)(x + big) - (vi)big;
