@@ -53,11 +53,11 @@ def sample(logits: Tensor, method: str, temperature: Tensor, top_k: Tensor, top_
     scaled = logits / temperature.clamp_min(1e-5)[:, None]
     if method == "filtered":
         ordered = scaled.sort(-1, descending=True).values
-        p = ordered.softmax(-1)
-        share = torch.where(top_p < 1, top_p, torch.inf)        # a rounded sum may pass 1 before the tail
         rank = torch.arange(logits.shape[-1], device=logits.device)
-        keep = (rank < torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]) & (p.cumsum(-1) - p < share[:, None])
-        keep = keep | (rank == 0)
+        keep = rank < torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
+        p = ordered.masked_fill(~keep, float("-inf")).softmax(-1)       # top_p is a share of what top_k leaves
+        share = torch.where(top_p < 1, top_p, torch.inf)        # a rounded sum may pass 1 before the tail
+        keep = keep & (p.cumsum(-1) - p < share[:, None]) | (rank == 0)
         least = ordered.masked_fill(~keep, float("inf")).amin(-1, keepdim=True)
         scaled = scaled.masked_fill(scaled < least, float("-inf"))
     drawn = (scaled.softmax(-1) / exponential_noise(seed, position, logits.shape[-1])).argmax(-1)     # the exponential race

@@ -24,9 +24,10 @@ def draw(logits: torch.Tensor, *, method: str = "filtered", temperature: float =
 
 
 def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Probabilities [V]: the top_k likeliest, of these the fewest whose sum reaches top_p."""
+    """Probabilities [V]: the top_k likeliest, of these the fewest whose share of them reaches top_p."""
     p = (logits.double() / temperature).softmax(-1)
     order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k or len(p)]
+    p = p / p[order].sum()
     kept, total = [], 0.0
     for i in order:
         if kept and total >= top_p:
@@ -39,7 +40,8 @@ def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (3, 1.0), (50, 1.0), (0, 0.5), (0, 0.9), (0, 1e-50), (4, 0.7), (2, 0.95)])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (3, 1.0), (50, 1.0), (0, 0.5), (0, 0.9), (0, 1e-50), (4, 0.7), (2, 0.95),
+                                          (3, 0.5)])
 def test_frequencies_equal_the_reference(temperature: float, top_k: int, top_p: float) -> None:
     """Guards: a forbidden id drawn once in thousands, the id that crosses top_p cut, a filter before the temperature."""
     expected = reference(LOGITS, temperature, top_k, top_p)
