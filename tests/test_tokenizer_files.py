@@ -5,7 +5,7 @@ import sys
 import pytest
 from tokenizer_files import STORYTELLER, write_json, write_tiktoken, write_with_added
 
-from tokenizer import load_tokenizer
+from tokenizer import ChatTemplate, load_tokenizer, sampling_settings, stop_ids
 
 
 @pytest.mark.parametrize("backend", ["sentencepiece", "tiktoken", "json"])
@@ -90,6 +90,12 @@ def test_corrupt_model_file(data, message, tmp_path):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
         ("tokenizer_config.json", '{"bos_token": {"text": "<s>"}}'),
         ("added_tokens.json", '{"<a>": "b"}'),
+        ("added_tokens.json", '{"<a>": -1}'),
+        ("added_tokens.json", '{"": 5000}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": {"content": 5}}}'),
+        ("tokenizer_config.json", '{"bos_token": {"content": ["<s>"]}}'),
+        pytest.param("tokenizer_config.json", '{"a":' * 100_000, id="deep"),
+        ("tokenizer.json", '{"added_tokens": [{"id": "5", "content": "<a>"}]}'),
     ],
 )
 def test_corrupt_json(name, text, tmp_path):
@@ -99,3 +105,30 @@ def test_corrupt_json(name, text, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}.*") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ['"2"', "[[2]]", "-1", "true", "2.5", str(10**30)])
+def test_bad_stop_ids(value, tmp_path):
+    """Guards a traceback, or an overflow after half a text, from a checkpoint's own file."""
+    (write_json(tmp_path) / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is"):
+        stop_ids(tmp_path, load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["2.5", '"3"', "NaN", "Infinity", "true"])
+def test_bad_sampling_settings(value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(f'{{"do_sample": true, "top_k": {value}}}')
+    with pytest.raises(ValueError, match="top_k is .* not a whole number"):
+        sampling_settings(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 40.0}')
+    assert sampling_settings(tmp_path) == {"top_k": 40} and type(sampling_settings(tmp_path)["top_k"]) is int
+
+
+def test_bad_chat_templates(tmp_path):
+    tokenizer = load_tokenizer(write_json(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": ["a"], "template": "x"}]}')
+    with pytest.raises(ValueError, match="none is named default"):
+        ChatTemplate.from_checkpoint(tmp_path, tokenizer)
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8"):
+        ChatTemplate.from_checkpoint(tmp_path, tokenizer)

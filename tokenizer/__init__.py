@@ -4,8 +4,8 @@
 Trap: plain `encode` never makes a special token, whatever the text says; only a rendered chat template does.
 """
 
-from tokenizer.base import StreamDecoder, Tokenizer
+from tokenizer.base import Tokenizer
 from tokenizer.chat import ChatTemplate
 from tokenizer.load import load_tokenizer, sampling_settings, stop_ids
 
-__all__ = ["ChatTemplate", "StreamDecoder", "Tokenizer", "load_tokenizer", "sampling_settings", "stop_ids"]
+__all__ = ["ChatTemplate", "Tokenizer", "load_tokenizer", "sampling_settings", "stop_ids"]

@@ -43,12 +43,15 @@ class ChatTemplate:
         folder = Path(checkpoint_dir)
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), tokenizer)
+            try:
+                return cls(path.read_text(encoding="utf-8"), tokenizer)
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} is not UTF-8: download it again") from None
         source = read_json(folder / "tokenizer_config.json").get("chat_template")
         if isinstance(source, list):  # several, named: [{"name": ..., "template": ...}]
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
             if "default" not in named:
-                raise ValueError(f"the chat templates in {folder} are {sorted(map(str, named))}: none is named default")
+                raise ValueError(f"the chat templates in {folder} are {sorted(named)}: none is named default")
             source = named["default"]
         if source is None:
             model_type = read_json(folder / "config.json").get("model_type")

@@ -41,6 +41,8 @@ class ChatLoop:
 
     def run(self) -> None:
         """Read lines from stdin until /exit or its end. A prompt sign and hints only where a person types."""
+        if sys.stdin is None:  # closed by the caller
+            return
         terminal = sys.stdin.isatty()
         if terminal:
             with suppress(ImportError):

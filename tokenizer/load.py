@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizer.base import Tokenizer
 from tokenizer.sentencepiece_model import SentencePieceTokenizer
-from tokenizer.settings import read_json, read_settings
+from tokenizer.settings import MAX_ID, read_json, read_settings
 from tokenizer.tiktoken_model import TiktokenTokenizer
 from tokenizer.tokenizer_json import JsonTokenizer
 
@@ -46,8 +46,12 @@ def stop_ids(checkpoint_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...
     the tokenizer's EOS, and the end-of-turn tokens that its vocabulary has."""
     ids = {tokenizer.eos_id} | {tokenizer.special_tokens.get(text) for text in END_TOKENS}
     for name in ("generation_config.json", "config.json"):
-        value = read_json(Path(checkpoint_dir) / name).get("eos_token_id")
-        ids |= set(value) if isinstance(value, list) else {value}
+        path = Path(checkpoint_dir) / name
+        value = read_json(path).get("eos_token_id")
+        named = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int and 0 <= id < MAX_ID for id in named):
+            raise ValueError(f"{path}: eos_token_id is {value!r:.80}, not an id or a list of ids; correct it or take it out")
+        ids |= set(named)
     return tuple(sorted(ids - {None}))
 
 
@@ -59,6 +63,7 @@ def sampling_settings(checkpoint_dir: Path | str) -> dict[str, float]:
         return {}
     settings = {key: config[key] for key in ("temperature", "top_k", "top_p") if config.get(key) is not None}
     for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int if key == "top_k" else (int, float)):
-            raise ValueError(f"{path}: {key} is {value!r}, not a number; correct it or take it out")
-    return settings
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or key == "top_k" and value % 1:
+            number = "a whole number" if key == "top_k" else "a number"
+            raise ValueError(f"{path}: {key} is {value!r}, not {number}; correct it or take it out")
+    return settings | ({"top_k": int(settings["top_k"])} if "top_k" in settings else {})

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_ID = 1 << 31  # beyond any vocabulary
+
 
 @dataclass(frozen=True)
 class SpecialToken:
@@ -52,7 +54,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object ({error}): truncated or corrupt, download it again") from None
 
 
@@ -60,14 +62,15 @@ def read_settings(folder: Path) -> Settings:
     """Raises ValueError with the folder's name if a file has another shape than transformers writes."""
     config, pipeline = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
     try:
-        added = {int(id): SpecialToken(int(id), text) for text, id in read_json(folder / "added_tokens.json").items()}
-        added |= {entry["id"]: _special(entry["id"], entry) for entry in pipeline.get("added_tokens", [])}
-        added |= {int(id): _special(int(id), entry) for id, entry in config.get("added_tokens_decoder", {}).items()}
+        found = [(id, {"content": text}) for text, id in read_json(folder / "added_tokens.json").items()]
+        found += [(entry["id"], entry) for entry in pipeline.get("added_tokens", [])]
+        found += [(int(id), entry) for id, entry in config.get("added_tokens_decoder", {}).items()]
+        added = {id: _special(id, entry) for id, entry in found}
         names = {}
         for source in (read_json(folder / "special_tokens_map.json"), config):
             for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
                 if value := source.get(key):
-                    names[key] = value if isinstance(value, str) else value["content"]
+                    names[key] = _text(value if isinstance(value, str) else value["content"])
         prefix = PrefixRule(inside=config.get("legacy") is not False)
         add_bos = config.get("add_bos_token")
         if pipeline:
@@ -76,7 +79,7 @@ def read_settings(folder: Path) -> Settings:
             add_bos = bool(first) if add_bos is None else add_bos
             if first:
                 names.setdefault("bos_token", first)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the tokenizer's JSON files in {folder} have an unknown shape: {error!r}") from None
     return Settings(added, names, add_bos is not False, prefix)
 
@@ -92,8 +95,16 @@ def steps(spec: dict | None) -> list[dict]:
 
 
 def _special(id: int, entry: dict) -> SpecialToken:
+    if type(id) is not int or not 0 <= id < MAX_ID:
+        raise ValueError(f"an added token has the id {id!r}")
     flags = {key: bool(entry.get(key)) for key in ("lstrip", "rstrip")}
-    return SpecialToken(id, entry["content"], hidden=bool(entry.get("special", True)), **flags)
+    return SpecialToken(id, _text(entry["content"]), hidden=bool(entry.get("special", True)), **flags)
+
+
+def _text(content: object) -> str:
+    if not content or not isinstance(content, str):
+        raise ValueError(f"a token's text is {content!r}")
+    return content
 
 
 def _pipeline_prefix(pipeline: dict) -> PrefixRule:
