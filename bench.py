@@ -9,7 +9,7 @@ import argparse
 import importlib
 import sys
 
-from generate import Parser, add_alignment_option, add_model_options, exit_status
+from options import Parser, add_alignment_option, add_model_options, exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections import deque
@@ -18,43 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from options import Parser, add_alignment_option, add_model_options, device_and_dtype, exit_status, open_checkpoint, settle_cpu
 
+if TYPE_CHECKING:
     from engine import Engine, SamplingParams, Stats, Step
     from model import ModelConfig
     from tokenizer import Tokenizer
 
 ROWS = 8                # prompts of a file that run together; the others wait for a free row
-SMALL = 100e6           # parameters, about: below, a matrix product is over before a second thread is awake
 CHAT_CAPACITY = 4096    # tokens of a conversation without --max-seq-len; the model's positions may be fewer
 EPILOG = """In a chat /reset starts over, /exit or end of input ends it, Ctrl-C ends a reply.
 --json prints text (of the new tokens, without the prompt), prompt_ids, tokens (the new ids), prompt_tokens, new_tokens,
 finish_reason (stop, length, capacity, interrupted), for --prompt-file in a list under rows; and ttft_s, prefill_tokens_per_s,
 decode_tokens_per_s, kv_bytes, kv_bytes_by_kind, bits_per_element, ratio_to_full (a bf16 full cache has 1), peak_bytes, cache, compile,
-device, dtype; for a merged cache alignment (the file in use), retained_*: slots, filled, counting, overflow; for --compare-full nll_full,
-nll, kl (nats per token), top1_agreement (shares), k_error_by_layer, v_error_by_layer (relative)."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line, without the usage text."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, where: read by `open_checkpoint` and `device_and_dtype`."""
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="folder of config.json, *.safetensors, tokenizer (default: the embedded model)")
-    add("--device", metavar="D", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: auto, the checkpoint's own; float32 for a small model on a CPU")
-
-
-def add_alignment_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--alignment", metavar="FILE", help="coordinates for the layers that SPEC merges, from bench.py align, or none "
-                        "(default: alignment.safetensors beside the checkpoint, if it is there and fits)")
+device, dtype, attend_form; for a coded or merged cache retained_slots, retained_filled, retained_active, retained_overflow, and alignment
+(the file in use); for --compare-full nll_full, nll, kl (nats per token), top1_agreement (share), k_error_by_layer, v_error_by_layer
+(relative)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,30 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(parser.prog, lambda: run(args))
 
 
-def exit_status(prog: str, run: Callable[[], int]) -> int:
-    """What `run` returns; a user's mistake (ValueError, OSError) is one line and 2, Ctrl-C 130, a reader that went away 141."""
-    for file in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(file, "reconfigure"):                    # a character that the terminal lacks must not end the program
-            file.reconfigure(errors="replace")
-    try:
-        status = run()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:                                 # `| head`: as quiet as a tool that SIGPIPE ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else the interpreter complains at its last flush
-        return 141
-    except (ValueError, OSError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 def run(args: argparse.Namespace) -> int:
     """Check, load, run one of the modes."""
-    from cache import CacheConfig
-    from engine import Engine, SamplingParams, figures
-    from engine.compare import compare_to_full
+    from cache import CacheConfig, check_layout
+    from engine import Engine, SamplingParams, check_sizes, figures
+    from engine.compare import check_room_for_full, compare_to_full
     from tokenizer import ChatTemplate, sampling_settings, stop_ids
     from tokenizer.chat_loop import ChatLoop
     from weights import find_alignment
@@ -136,13 +95,19 @@ def run(args: argparse.Namespace) -> int:
         wanted = CHAT_CAPACITY if args.chat else max(len(r.prompt_ids) for r in results) + args.max_new_tokens
         max_seq_len = min(wanted, config.max_position_embeddings)
     check_prompts(results, tokenizer.encode(""), max_seq_len, config)
+    rows = max(1, min(len(results), ROWS))
+    check_sizes(config, rows, max_seq_len)
+    check_layout(cache, device=device, dtype=dtype or config.dtype, n_layer=config.n_layer, n_kv_head=config.n_kv_head,
+                 head_dim=config.head_dim, batch=rows, max_seq_len=max_seq_len)
     if args.chat:
         loop = ChatLoop(ChatTemplate.from_checkpoint(checkpoint, tokenizer), tokenizer, capacity=max_seq_len, system=args.system,
                         reply=lambda ids: reply(engine, ids, params, tokenizer, stats=args.stats))
     # 2. the weights and the cache
     dtype = settle_cpu(config, device, dtype)
-    engine = Engine.from_pretrained(checkpoint, device=device, dtype=dtype, max_batch_size=max(1, min(len(results), ROWS)),
-                                    max_seq_len=max_seq_len, cache=cache, alignment=alignment, compile=args.compile)
+    engine = Engine.from_pretrained(checkpoint, device=device, dtype=dtype, max_batch_size=rows, max_seq_len=max_seq_len,
+                                    cache=cache, alignment=alignment, compile=args.compile)
+    if args.compare_full:
+        check_room_for_full(engine)
     # 3. the work
     if args.chat:
         loop.run()
@@ -159,48 +124,11 @@ def run(args: argparse.Namespace) -> int:
     if args.compare_full:
         report |= compare_to_full(engine, [r.prompt_ids for r in results], [r.tokens for r in results])
     if args.json:
-        rows = [r.as_json(tokenizer) for r in results]
-        print(json.dumps((rows[0] if args.prompt_file is None else {"rows": rows}) | report))
+        texts = [r.as_json(tokenizer) for r in results]
+        print(json.dumps((texts[0] if args.prompt_file is None else {"rows": texts}) | report))
     if args.stats or args.compare_full:
         print_stats(engine, results, report)
     return 130 if any(r.finish_reason == "interrupted" for r in results) else 0
-
-
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype | None]:
-    """dtype None: the checkpoint's own. ValueError for a device that is unknown or not there."""
-    import torch
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = args.device if args.device != "auto" else "cuda" if count else "cpu"
-    kind, _, index = name.partition(":")
-    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise ValueError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise ValueError(f"device {name!r} is not there, torch sees {count} CUDA GPUs; choose --device auto or cpu")
-    return torch.device(name), None if args.dtype == "auto" else getattr(torch, args.dtype)
-
-
-def settle_cpu(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
-    """On a CPU a small model runs faster in float32 (where dtype is auto) and on one thread (where OMP_NUM_THREADS is not set)."""
-    import torch
-    n = config.n_layer * config.dim * (2 * config.dim + 3 * config.intermediate_size * max(config.n_expert, 1))
-    if device.type != "cpu" or n > SMALL:
-        return dtype
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    return dtype or torch.float32
-
-
-def open_checkpoint(name: str | None) -> tuple[Path, ModelConfig, Tokenizer]:
-    """The folder (None: the embedded model), its config and its tokenizer. ValueError if the two do not belong together."""
-    from model import ModelConfig
-    from tokenizer import load_tokenizer
-    from weights import EMBEDDED
-    checkpoint = EMBEDDED if name is None else Path(name)
-    config, tokenizer = ModelConfig.from_checkpoint(checkpoint), load_tokenizer(checkpoint)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.vocab_size}; "
-                         "download config.json and tokenizer of one model")
-    return checkpoint, config, tokenizer
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -317,7 +245,7 @@ def print_stats(engine: Engine, results: list[Result], report: dict) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{kind} {n:,}" for kind, n in value.items())
         elif isinstance(value, list):
-            value = " ".join(f"{x:.2f}" for x in value)
+            value = " ".join(f"{x:.2g}" for x in value)
         text = f"{value:,.4g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float) else value
         print(f"{key:<22}{f'{text:,}' if type(text) is int else text}", file=sys.stderr)
 

@@ -140,10 +140,10 @@ class KVCache(nn.Module):
         return total
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of every buffer, by kind (KINDS)."""
+        """Bytes of every buffer, by kind (KINDS, else "other")."""
         total: dict[str, int] = {}
         for name, buffer in self.named_buffers():
-            kind = KINDS[name.rsplit(".", 1)[-1]]
+            kind = KINDS.get(name.rsplit(".", 1)[-1], "other")
             total[kind] = total.get(kind, 0) + buffer.numel() * buffer.element_size()
         return total
 

@@ -23,6 +23,17 @@ def build_cache(config: CacheConfig, *, n_layer: int, n_kv_head: int, head_dim: 
     return cache
 
 
+def check_layout(config: CacheConfig, *, device: torch.device | str, **shape) -> None:
+    """ValueError for a layout or a form that cannot be had: nothing is allocated, so it can be asked before weights are read."""
+    build_cache(config, **shape, device="meta")
+    choose_form(config.attend_form, device)
+
+
+def bits_per_element(nbytes: int, *, n_layer: int, n_kv_head: int, head_dim: int, batch: int, max_seq_len: int, **_: object) -> float:
+    """Bits of a cache of `nbytes` for each number of K and V that it has room for; a bf16 full cache has 16."""
+    return 8 * nbytes / (2 * n_layer * n_kv_head * head_dim * batch * max_seq_len)
+
+
 def cache_bytes(config: CacheConfig, *, n_layer: int, n_kv_head: int, head_dim: int, batch: int, max_seq_len: int,
                 dtype: torch.dtype) -> dict[str, int]:
     """The same bytes by kind as `KVCache.nbytes`, as a closed formula of integers (a test holds the two equal)."""

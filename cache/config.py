@@ -117,8 +117,9 @@ class CacheConfig:
             start += (n_layer - start) % n
         if start > n_layer or (n_layer - start) % n:
             fits = [layer for layer in range(n_layer) if (n_layer - layer) % n == 0]
-            raise ValueError(f"merge_from={start} leaves {n_layer - start} of {n_layer} layers, which groups of {n} do not divide; "
-                             f"choose one of: {', '.join(map(str, fits))}")
+            why = (f"leaves {n_layer - start} of {n_layer} layers, which groups of {n} do not divide" if start <= n_layer else
+                   f"lies beyond the model's {n_layer} layers")
+            raise ValueError(f"merge_from={start} {why}; choose one of: {', '.join(map(str, fits))}")
         return [(layer,) for layer in range(start)] + [tuple(range(layer, layer + n)) for layer in range(start, n_layer, n)]
 
     def _named_groups(self) -> list[tuple[int, ...]]:
@@ -163,7 +164,7 @@ def convert(key: str, value: str) -> float | int | bool | str:
     try:
         if key in ("merge_k", "merge_v"):
             return {"0": False, "1": True}[value]
-        return float(value) if key in ("t", "retain", "gamma") or key == "merge_from" and "." in value else int(value)
+        return float(value) if key in ("t", "retain", "gamma") or key == "merge_from" and not value.isdecimal() else int(value)
     except (ValueError, KeyError):
         number = "a number" if key in ("t", "retain", "gamma", "merge_from") else "a whole number"
         wants = "0 or 1" if key in ("merge_k", "merge_v") else number

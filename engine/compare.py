@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import GroupPrefill, KVCache
-from engine.engine import Engine
+from cache import CacheConfig, GroupPrefill, KVCache
+from engine.engine import Engine, check_memory
+from weights import available_bytes
 from weights.alignment import LayerMap
 
 
@@ -83,6 +84,14 @@ def compare(full: Engine, other: Engine, prompts: Sequence[Sequence[int]],
                zip(want.group.read(want.index, length), got.group.read(got.index, length), strict=True)]
               for want, got in zip(full.cache.layers, other.cache.layers, strict=True)]
     return means | {"k_error_by_layer": [e[0] for e in errors], "v_error_by_layer": [e[1] for e in errors]}
+
+
+def check_room_for_full(engine: Engine) -> None:
+    """ValueError where memory cannot hold a full cache beside the engine's: asked before the work that `compare_to_full` judges."""
+    config, own = CacheConfig(), sum(engine.cache.nbytes().values())
+    need, room = round(own * 2 * engine.dtype.itemsize * 4 / engine.bits_per_element), available_bytes(engine.device)
+    untouched = own if engine.device.type == "cpu" else 0       # a CPU gives pages when they are written
+    check_memory(config, need, engine.max_batch_size, engine.max_seq_len, room if room is None else room - untouched)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cache import CacheConfig, GroupPrefill
+from cache import CacheConfig, GroupPrefill, bits_per_element
 from engine.decode import MAX_STOP_IDS, DecodeStep
 from engine.sampling import METHODS, SamplingParams
 from engine.stats import Step
@@ -45,6 +45,13 @@ def check_sizes(config: ModelConfig, max_batch_size: int, max_seq_len: int, pref
         raise ValueError(f"max_seq_len is {max_seq_len}, the model has {config.max_position_embeddings} positions; ask for no more")
 
 
+def check_memory(cache: CacheConfig, need: int, rows: int, max_seq_len: int, room: int | None) -> None:
+    """ValueError where a cache of `need` bytes passes `room` (None: unknown)."""
+    if room is not None and need > room:
+        raise ValueError(f"a {cache} cache of {rows} rows x {max_seq_len} tokens takes {need:,} bytes, {max(room, 0):,} are free; "
+                         f"{max(room, 0) * rows // need} rows would fit: lower the batch size or --max-seq-len")
+
+
 class Engine:
     """A model, a cache of `max_batch_size` rows by `max_seq_len` tokens, and one decode step over all rows."""
 
@@ -60,11 +67,7 @@ class Engine:
         self.compile = self.device.type == "cuda" if compile is None else compile
         shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=max_batch_size, max_seq_len=max_seq_len,
                      dtype=self.dtype)
-        need = sum(cache.nbytes(**shape).values())
-        room = available_bytes(self.device)
-        if room is not None and need > room:
-            raise ValueError(f"a {cache} cache of {max_batch_size} rows x {max_seq_len} tokens takes {need:,} bytes, {room:,} are free on "
-                             f"{self.device}; {room * max_batch_size // need} rows would fit: lower the batch size or --max-seq-len")
+        check_memory(cache, sum(cache.nbytes(**shape).values()), max_batch_size, max_seq_len, available_bytes(self.device))
         self.cache = cache.build(**shape, device=self.device, sliding_window=c.sliding_window)
         self.rope = Rope(c, max_seq_len).to(self.device)
         self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
@@ -98,8 +101,8 @@ class Engine:
     def bits_per_element(self) -> float:
         """Bits of the cache for each number of K and V that it has room for, everything counted; a bf16 full cache has 16."""
         c = self.config
-        elements = 2 * c.n_layer * self.max_batch_size * c.n_kv_head * self.max_seq_len * c.head_dim
-        return 8 * sum(self.cache.nbytes().values()) / elements
+        return bits_per_element(sum(self.cache.nbytes().values()), n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim,
+                                batch=self.max_batch_size, max_seq_len=self.max_seq_len)
 
     def interrupt(self) -> None:
         """Ask a running generate() to end after the current step: safe to call from a signal handler."""

@@ -61,8 +61,6 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     n_expert: int = 0                       # E, 0: a plain MLP
     n_expert_per_token: int = 0
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
 
     @classmethod
@@ -117,9 +115,7 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings, norm_eps=_number(data, "rms_norm_eps", high=1.0),
             rope=_rope(data, head_dim, max_position_embeddings, 1e6 if family == "mixtral" else 1e4),
             sliding_window=None if window is None else _size({"sliding_window": window}, "sliding_window"),
-            tie_word_embeddings=tied, n_expert=experts, n_expert_per_token=experts_per_token,
-            bos_token_id=next(iter(_token_ids("bos_token_id", data.get("bos_token_id"), vocab_size)), None),
-            eos_token_ids=_token_ids("eos_token_id", data.get("eos_token_id"), vocab_size), dtype=DTYPES[dtype])
+            tie_word_embeddings=tied, n_expert=experts, n_expert_per_token=experts_per_token, dtype=DTYPES[dtype])
 
 
 def named_config(name: str) -> ModelConfig:
@@ -131,19 +127,12 @@ def named_config(name: str) -> ModelConfig:
 
 # family, V, C, L, H, G, D, MLP width, positions; phi-3-mini is the 4k one, mistral-7b is v0.3
 NAMED_CONFIGS = {
-    "llama-2-7b": ModelConfig(
-        "llama", 32000, 4096, 32, 32, 32, 128, 11008, 4096, bos_token_id=1, eos_token_ids=(2,)),
-    "llama-3-8b": ModelConfig(
-        "llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, rope=RopeConfig(theta=5e5),
-        bos_token_id=128000, eos_token_ids=(128001,)),
-    "phi-3-mini": ModelConfig(
-        "phi3", 32064, 3072, 32, 32, 32, 96, 8192, 4096, sliding_window=2047, bos_token_id=1, eos_token_ids=(32000,)),
-    "mistral-7b": ModelConfig(
-        "mistral", 32768, 4096, 32, 32, 8, 128, 14336, 32768, rope=RopeConfig(theta=1e6),
-        bos_token_id=1, eos_token_ids=(2,)),
-    "mixtral-8x7b": ModelConfig(
-        "mixtral", 32000, 4096, 32, 32, 8, 128, 14336, 32768, rope=RopeConfig(theta=1e6),
-        n_expert=8, n_expert_per_token=2, bos_token_id=1, eos_token_ids=(2,)),
+    "llama-2-7b": ModelConfig("llama", 32000, 4096, 32, 32, 32, 128, 11008, 4096),
+    "llama-3-8b": ModelConfig("llama", 128256, 4096, 32, 32, 8, 128, 14336, 8192, rope=RopeConfig(theta=5e5)),
+    "phi-3-mini": ModelConfig("phi3", 32064, 3072, 32, 32, 32, 96, 8192, 4096, sliding_window=2047),
+    "mistral-7b": ModelConfig("mistral", 32768, 4096, 32, 32, 8, 128, 14336, 32768, rope=RopeConfig(theta=1e6)),
+    "mixtral-8x7b": ModelConfig("mixtral", 32000, 4096, 32, 32, 8, 128, 14336, 32768, rope=RopeConfig(theta=1e6),
+        n_expert=8, n_expert_per_token=2),
 }
 
 
@@ -187,13 +176,6 @@ def _number(data: dict[str, Any], key: str, default: float | None = None, *, hig
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-12 <= value <= high:
         raise _refusal(key, value, f"numbers from 1e-12 to {high:g}")
     return float(value)
-
-
-def _token_ids(key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size for i in ids):
-        raise _refusal(key, value, f"token ids below vocab_size = {vocab_size}")
-    return tuple(ids)
 
 
 def _rope(data: dict[str, Any], head_dim: int, max_position_embeddings: int, default_theta: float) -> RopeConfig:

@@ -218,6 +218,10 @@ def test_wrong_groups_are_refused_where_named_and_left_alone_where_not(stored: t
     assert find_alignment(None, path.parent, config, fits) and find_alignment(None, path.parent, config, other) is None
     with pytest.raises(ValueError, match="cannot be read"):
         find_alignment(str(path), path.parent, config)
+    by_token = CacheConfig.parse("minicache,merge_from=1,granularity=token")     # where maps of single heads do harm
+    assert find_alignment(None, path.parent, config, by_token) is None
+    with pytest.raises(ValueError, match="granularity=token merges over all heads"):
+        find_alignment(str(path.parent / ALIGNMENT), path.parent, config, by_token)
 
 
 LAST_PAIR = f"minicache,merge_from={ModelConfig.from_checkpoint(EMBEDDED).n_layer - 2}"

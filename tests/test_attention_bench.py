@@ -57,6 +57,14 @@ def test_every_side_has_its_figures(run_out, capsys) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 3 + 1 + len(rows)
 
 
+@pytest.mark.parametrize("spec, group", [("minicache,pairs=6-9:7-8", 2), ("minicache,pairs=0-3-5", 3), ("minicache,group=4", 4),
+                                         ("full", 2)])
+def test_a_spec_is_cut_to_one_merged_group(spec: str, group: int) -> None:
+    """Guards a refusal that names layers of a model which the user never gave."""
+    cache = attention.one_group(CacheConfig.parse(spec))
+    assert cache.group == group and (cache.kind == "full" or cache.layer_groups(group) == [tuple(range(group))])
+
+
 def test_bytes_by_hand(run_out) -> None:
     """Guards the charge: 60 of 100 tokens, 8 in the window, 10 slots that each mask one of 52 columns; 3 rows of 2 heads of 16."""
     rows = run_out("--filled", "60", "--cache", "full", "minicache,bits=4,window=8,retain=0.1")["rows"]

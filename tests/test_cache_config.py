@@ -94,12 +94,13 @@ def test_layer_groups(spec: str, n_layer: int, start: int) -> None:
     assert [len(group) for group in groups] == [1] * start + [config.group] * ((n_layer - start) // config.group)
 
 
-@pytest.mark.parametrize("spec, n_layer", [("merge_from=1", 4), ("merge_from=5", 4), ("merge_from=0,group=3", 4)])
+@pytest.mark.parametrize("spec, n_layer", [("merge_from=1", 4), ("merge_from=5", 4), ("merge_from=20", 4), ("merge_from=0,group=3", 4)])
 def test_a_layer_index_that_does_not_divide_is_refused(spec: str, n_layer: int) -> None:
     """Guards: an index silently moved; the message names those that fit."""
     config = CacheConfig.parse(f"minicache,{spec}")
     with pytest.raises(ValueError, match="choose one of: ") as error:
         config.layer_groups(n_layer)
+    assert " -" not in str(error.value)
     for start in map(int, str(error.value).split("choose one of: ")[1].split(",")):
         assert (n_layer - start) % config.group == 0
 

@@ -201,6 +201,7 @@ def test_plot_is_a_png(here, run_out, tmp_path) -> None:
     (["--trace", "no-such-file.csv"], ["no-such-file.csv"]),
     (["--trace", "{trace}", "--requests", "3"], ["2 requests", "3", "--requests"]),
     (["--trace", "{trace}", "--requests", "2", "--peer", "transformers"], ["one length"]),
+    (["--trace", "{trace}", "--requests", "2", "--new-tokens", "2048"], ["--new-tokens 2048", "no room for a prompt", "positions"]),
     (["--trace", "{words}"], ["ContextTokens and GeneratedTokens"]),
     (["--trace", "{columns}"], ["ContextTokens and GeneratedTokens"]),
     (["--peer", "vllm"], ["'vllm'", "transformers"]),

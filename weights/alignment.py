@@ -122,6 +122,8 @@ def find_alignment(option: str | None, checkpoint: Path, config: ModelConfig, ca
     if not merges:
         return None
     try:
+        if cache and cache.granularity == "token":
+            raise ValueError(f"{alignment.source} is fitted head by head, granularity=token merges over all heads: use --alignment none")
         if cache:
             alignment.wanted(cache, config.n_layer)
     except ValueError:

@@ -20,8 +20,8 @@ from engine.measure.merge_loss import Group, States, stretch
 from engine.measure.report import check_outputs, print_table, progress
 from engine.measure.similarity import RecordingLayer
 from engine.measure.windows import read_windows
-from generate import device_and_dtype, open_checkpoint, settle_cpu
 from model import Rope, Transformer
+from options import device_and_dtype, open_checkpoint, settle_cpu
 from weights import load_model
 from weights.alignment import Alignment, LayerMap, aligned, as_complex, write_alignment
 

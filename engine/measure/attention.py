@@ -20,7 +20,7 @@ from cache.build import build_cache, cache_bytes
 from cache.full import FullLayer
 from engine.measure.card import measure_rates
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
-from generate import device_and_dtype
+from options import device_and_dtype
 from weights import available_bytes
 
 CACHES, PIECE = ["full", "quant,bits=4", "minicache,bits=4"], 512      # PIECE: tokens a commit
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= filled < S:
         raise ValueError(f"--filled is {filled}; give 1 to {S - 1}, which leaves room for the new token in --seq {S}")
     specs, shape = list(dict.fromkeys(args.cache or CACHES)), dict(n_kv_head=G, head_dim=D, batch=B, max_seq_len=S, dtype=dtype)
-    configs = [replace(CacheConfig.parse(spec), merge_from=0) for spec in specs]
+    configs = [one_group(CacheConfig.parse(spec)) for spec in specs]
     plans = [(c, dict(n_layer=c.group if c.kind == "minicache" else 1, **shape)) for c in configs]
     # bf16 K and V are 4 bytes; a reference form that decodes both in fp32 holds about five times that for a moment
     need, room = COLD_BYTES + 24 * B * G * S * D + sum(sum(cache_bytes(c, **plan).values()) for c, plan in plans), available_bytes(device)
@@ -89,6 +89,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot(rows, args.plot)
     return 0
+
+
+def one_group(cache: CacheConfig) -> CacheConfig:
+    """The same cache for the layers of one merged group alone: of the first, where SPEC names them."""
+    return replace(cache, merge_from=0, pairs="", group=cache.pairs.partition(":")[0].count("-") + 1 if cache.pairs else cache.group)
 
 
 def fill(group: LayerGroup, start: int, stop: int, *, like: Tensor, generator: torch.Generator) -> None:

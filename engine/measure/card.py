@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from cache import CacheConfig
+from cache import CacheConfig, bits_per_element
 from cache.build import cache_bytes
 from engine.engine import PREFILL_BUDGET, PREFILL_CHUNK
 from model import ModelConfig
@@ -99,7 +99,8 @@ def make_card(c: ModelConfig, spec: str, *, capacity: int, prompt_tokens: int, l
     rates None: no ceiling."""
     cache = CacheConfig.parse(spec)
     by_kind = kv_bytes(c, cache, batch=1, capacity=capacity, dtype=dtype)
-    total, elements = sum(by_kind.values()), 2 * c.n_layer * c.n_kv_head * c.head_dim * capacity
+    total = sum(by_kind.values())
+    bits = bits_per_element(total, n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=1, max_seq_len=capacity)
     shape = dict(capacity=capacity, dtype=dtype)
     rows = None if memory is None else rows_that_fit(c, cache, memory=memory, prompt_tokens=prompt_tokens, **shape)
     steps = []
@@ -108,8 +109,8 @@ def make_card(c: ModelConfig, spec: str, *, capacity: int, prompt_tokens: int, l
         steps.append({"batch": batch, "step_bytes": cost[0] + cost[1],
                       "ceiling_tokens_per_s": rates and ceiling_tokens_per_s(cost, batch, rates)})
     return {"cache": spec, "capacity_tokens": capacity, "weight_bytes": weight_bytes(c, dtype), "kv_bytes_per_row": total,
-            "kv_bytes_per_token": total / capacity, "kv_bytes_by_kind": by_kind, "bits_per_element": 8 * total / elements,
-            "ratio_to_full": 2 * elements / total, "memory_bytes": memory, "rows_that_fit": rows,
+            "kv_bytes_per_token": total / capacity, "kv_bytes_by_kind": by_kind, "bits_per_element": bits,
+            "ratio_to_full": 16 / bits, "memory_bytes": memory, "rows_that_fit": rows,
             "scratch_bytes": scratch_bytes(c, cache, batch=rows or 1, prompt_tokens=prompt_tokens, dtype=dtype), "steps": steps}
 
 

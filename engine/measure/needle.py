@@ -23,8 +23,8 @@ from engine.measure.quality import merges
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.rivals import Rival, parse_cache
 from engine.measure.windows import read_windows
-from generate import device_and_dtype, open_checkpoint
 from model import Transformer
+from options import device_and_dtype, open_checkpoint
 from tokenizer import Tokenizer
 from weights import Alignment, aligned, find_alignment, load_model
 

@@ -7,7 +7,6 @@ A merged cache is measured without and with the alignment; prompts are computed 
 Trap: the first token after the context is predicted by the exact prompt, whatever the cache; it is not scored.
 """
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache import CacheConfig, KVCache
+from cache import CacheConfig, KVCache, bits_per_element
 from cache.split import SplitGroup
 from engine.compare import forced_logits, token_losses
 from engine.engine import Engine
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.rivals import Rival, parse_cache
 from engine.measure.windows import read_windows
-from generate import device_and_dtype, open_checkpoint
 from model import Transformer
+from options import device_and_dtype, open_checkpoint
 from weights import Alignment, aligned, find_alignment, load_model
 
 DEFAULT_CACHES = ("quant,bits=8", "quant,bits=4", "quant,bits=3", "quant,bits=2", "minicache", "minicache,merge_k=0", "minicache,merge_v=0",
@@ -94,8 +93,7 @@ class Result:
     def __init__(self, spec: str, cache: CacheConfig | Rival, nbytes: dict[str, int], shape: dict[str, Any],
                  alignment: Alignment | None = None) -> None:
         self.spec, self.cache, self.nbytes, self.alignment = spec + (" (aligned)" if alignment else ""), cache, nbytes, alignment
-        elements = 2 * math.prod(shape[name] for name in ("n_layer", "batch", "n_kv_head", "max_seq_len", "head_dim"))
-        self.bits = sum(nbytes.values()) * 8 / elements
+        self.bits = bits_per_element(sum(nbytes.values()), **shape)
         self.losses: list[Tensor] = []
         self.retained: list[tuple[float, float]] = []
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from cache.base import attend_exact
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.windows import read_windows
-from generate import device_and_dtype, open_checkpoint
 from model import Rope, Transformer, apply_rope
+from options import device_and_dtype, open_checkpoint
 from weights import find_alignment, load_model
 from weights.alignment import fold
 

@@ -7,18 +7,18 @@ Trap: the harness is an extra and slow to import, so it is imported inside funct
 import argparse
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache import bits_per_element
 from engine.engine import Engine, check_sizes
 from engine.measure.answers import Answers
 from engine.measure.quality import merges
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
 from engine.measure.rivals import Rival, parse_cache
 from engine.sampling import SamplingParams
-from generate import device_and_dtype, open_checkpoint, settle_cpu
+from options import device_and_dtype, open_checkpoint, settle_cpu
 from tokenizer import stop_ids
 from weights import aligned, find_alignment, load_model
 
@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from lm_eval import __version__, evaluate
     # 2. the work: one cache is alive at a time
     model, rows, interrupted = load_model(checkpoint, device=device, dtype=dtype), [], False
-    elements = 2 * math.prod(shape[name] for name in ("n_layer", "batch", "n_kv_head", "max_seq_len", "head_dim"))
     try:
         for spec, cache in caches.items():
             with aligned(model, alignments.get(spec), cache):
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 say(f"{answers.shortened} of {answers.requests} requests did not fit into {capacity} tokens and lost their beginning")
             rows.append({"cache": spec + " (simulated)" * isinstance(cache, Rival), "cache_settings": str(cache),
                          "alignment": alignments[spec].source if alignments.get(spec) else None, "kv_bytes": nbytes[spec],
-                         "bits_per_element": 8 * nbytes[spec] / elements, "requests": answers.requests,
+                         "bits_per_element": bits_per_element(nbytes[spec], **shape), "requests": answers.requests,
                          "shortened_requests": answers.shortened, "answers_ended_by_capacity": answers.full, "metrics": metrics(results),
                          "lm_eval": json.loads(json.dumps(results, default=str))})
             del engine, answers

@@ -19,9 +19,9 @@ from engine.measure.card import ceiling_tokens_per_s, kv_bytes, make_card, step_
 from engine.measure.cell import Cell, measure_apart
 from engine.measure.peers import COMPILED, read_peers
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
-from generate import device_and_dtype, settle_cpu
 from model import ModelConfig
 from model.config import named_config
+from options import device_and_dtype, settle_cpu
 from weights import EMBEDDED, available_bytes
 
 CACHES = ["full", "minicache", "minicache,bits=4", "quant,bits=4"]
@@ -178,6 +178,8 @@ def read_load(args: argparse.Namespace, config: ModelConfig) -> Load:
     else:
         wanted = read_trace(args.trace, args.requests or REQUESTS)
         new = args.new_tokens or min(max(n for _, n in wanted), most // 2)
+        if new >= most:
+            raise ValueError(f"--new-tokens {new} leaves no room for a prompt, the model has {most} positions; lower it")
         prompt = args.prompt_tokens or min(max(p for p, _ in wanted), most - new)
         lengths = tuple((min(p, prompt), min(n, new)) for p, n in wanted)
         load = Load(lengths, queued=True, clipped=sum(a != b for a, b in zip(lengths, wanted, strict=True)))
