@@ -91,7 +91,7 @@ def check_room_for_full(engine: Engine) -> None:
     config, own = CacheConfig(), sum(engine.cache.nbytes().values())
     need, room = round(own * 2 * engine.dtype.itemsize * 4 / engine.bits_per_element), available_bytes(engine.device)
     untouched = own if engine.device.type == "cpu" else 0       # a CPU gives pages when they are written
-    check_memory(config, need, engine.max_batch_size, engine.max_seq_len, room if room is None else room - untouched)
+    check_memory(config, need, engine.max_batch_size, engine.max_seq_len, engine.device, None if room is None else room - untouched)
 
 
 @torch.inference_mode()

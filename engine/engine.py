@@ -8,10 +8,12 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache import CacheConfig, GroupPrefill, bits_per_element
 from engine.decode import MAX_STOP_IDS, DecodeStep
@@ -20,6 +22,7 @@ from engine.stats import Step
 from model import ModelConfig, Rope, Transformer
 from weights import Alignment, align, available_bytes, load_model
 
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]    # not cuDNN's, which plans anew for every length
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
 PREFILL_MASK = 2 ** 23      # entries of a chunk's mask over the whole prompt: past 16k tokens chunks become shorter
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
@@ -45,11 +48,11 @@ def check_sizes(config: ModelConfig, max_batch_size: int, max_seq_len: int, pref
         raise ValueError(f"max_seq_len is {max_seq_len}, the model has {config.max_position_embeddings} positions; ask for no more")
 
 
-def check_memory(cache: CacheConfig, need: int, rows: int, max_seq_len: int, room: int | None) -> None:
-    """ValueError where a cache of `need` bytes passes `room` (None: unknown)."""
+def check_memory(cache: CacheConfig, need: int, rows: int, max_seq_len: int, device: torch.device, room: int | None) -> None:
+    """ValueError where a cache of `need` bytes passes the `room` on `device` (None: unknown)."""
     if room is not None and need > room:
-        raise ValueError(f"a {cache} cache of {rows} rows x {max_seq_len} tokens takes {need:,} bytes, {max(room, 0):,} are free; "
-                         f"{max(room, 0) * rows // need} rows would fit: lower the batch size or --max-seq-len")
+        raise ValueError(f"a {cache} cache of {rows} rows x {max_seq_len} tokens takes {need:,} bytes, {max(room, 0):,} are free on "
+                         f"{device}; {max(room, 0) * rows // need} rows would fit: lower the batch size or --max-seq-len")
 
 
 class Engine:
@@ -67,7 +70,8 @@ class Engine:
         self.compile = self.device.type == "cuda" if compile is None else compile
         shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=max_batch_size, max_seq_len=max_seq_len,
                      dtype=self.dtype)
-        check_memory(cache, sum(cache.nbytes(**shape).values()), max_batch_size, max_seq_len, available_bytes(self.device))
+        check_memory(cache, sum(cache.nbytes(**shape).values()), max_batch_size, max_seq_len, self.device,
+                     available_bytes(self.device))
         self.cache = cache.build(**shape, device=self.device, sliding_window=c.sliding_window)
         self.rope = Rope(c, max_seq_len).to(self.device)
         self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
@@ -164,9 +168,11 @@ class Engine:
                 # 2. or every running row moves one token on
                 else:
                     phase, batch, fed = "decode", list(active.values()), len(active)
+                    if self.device.type == "cuda" and phase + method not in self._warm:
+                        torch.cuda.empty_cache()        # what prefill leaves cached, a graph's own pool cannot take
                     self.decode_one_token(method)
                 # 3. the host reads what came out and sorts out who is finished
-                token, done = self.step.token.tolist(), self.step.done.tolist()
+                token, done = torch.stack((self.step.token, self.step.done.long())).tolist()
                 tokens, finished = [], []
                 for r in batch:
                     stopped = token[r.row] in r.params.stop_ids
@@ -233,6 +239,7 @@ class Engine:
         together. `past` bounds `length`.
         """
         P = ids.shape[1]
+        fused = sdpa_kernel(FUSED) if self.device.type == "cuda" else nullcontext()
         chunk = min(self.prefill_chunk, max(PREFILL_MASK // P, 64))
         x = self.model.embed(ids)
         column = torch.arange(P, device=self.device)
@@ -245,7 +252,8 @@ class Engine:
                 at = slice(start, start + chunk)
                 pos = input_pos[:, at]
                 caches = [handles[layer] for layer in layers]
-                x[:, at] = self.model.run_layers(x[:, at], layers, caches, self.rope(pos), pos, valid[:, at], rows)
+                with fused:
+                    x[:, at] = self.model.run_layers(x[:, at], layers, caches, self.rope(pos), pos, valid[:, at], rows)
             for e in exact:
                 e.commit(length, n_new, rows)
         return x

@@ -80,7 +80,8 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """CUDA: most bytes ever allocated by tensors. CPU: the largest resident set of this process so far; it never falls."""
+    """CUDA: most bytes ever allocated by tensors; what a replayed graph needs is reserved, not allocated. CPU: the largest resident set of
+    this process so far; it never falls."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,7 +5,7 @@ Trap: freshly made models have flat attention and norms of one; these have sharp
 swapped norm or a wrong mask would hide below any tolerance.
 """
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,16 @@ from tokenizer import load_tokenizer
 torch.set_num_threads(1)        # tiny models are ten times faster with one thread
 settings.register_profile("repeatable", derandomize=True)       # a run that fails fails again
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Command lines take a GPU by themselves where there is one; all figures here are a CPU's, but for those of the CUDA kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "kernel_triton" not in request.module.__name__:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -65,6 +65,19 @@ def test_a_spec_is_cut_to_one_merged_group(spec: str, group: int) -> None:
     assert cache.group == group and (cache.kind == "full" or cache.layer_groups(group) == [tuple(range(group))])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_bf16_form_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a yardstick that reads less than it should, and one kernel that is absent here and ends the run."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 32, generator=generator) for heads, n in ((4, 1), (2, 50), (2, 50)))
+    forms = attention.bf16_forms(q, k, v, by_name=True)
+    assert {"SDPA, enable_gqa", "SDPA, heads as queries", "SDPA, flash", "flex"} <= forms.keys() and "SDPA, cuDNN" not in forms
+    want = forms.pop("SDPA, enable_gqa")()
+    for form in forms.values():
+        torch.testing.assert_close(form().view_as(want), want)
+
+
 def test_bytes_by_hand(run_out) -> None:
     """Guards the charge: 60 of 100 tokens, 8 in the window, 10 slots that each mask one of 52 columns; 3 rows of 2 heads of 16."""
     rows = run_out("--filled", "60", "--cache", "full", "minicache,bits=4,window=8,retain=0.1")["rows"]

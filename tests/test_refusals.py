@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import engine.compare
 import engine.engine
@@ -66,7 +65,6 @@ def test_wrong_argument(refused, argv, says):
     assert all(text in line for text in says), line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(refused):
     assert "'cuda' is not there" in refused("--device", "cuda")
 

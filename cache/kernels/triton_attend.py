@@ -42,11 +42,15 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
     q_rotated = q.float() @ rotation if k_levels.numel() else rotation
     tensors |= dict(q=q, q_rotated=q_rotated, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos,
                     retained_score=retained_score, threshold=threshold, k_levels=k_levels, v_levels=v_levels)
-    sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1      # 1: the interpreter, on CPU
     with torch.cuda.device_of(q):
+        sms = multiprocessors(q.device)
         for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
             kernel[grid](**arguments, **options)
     return (y + y_rotated @ rotation.mT if v_levels.numel() else y)[:, :, None]
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1       # 1: the interpreter
 
 
 def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:

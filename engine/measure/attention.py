@@ -8,11 +8,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from cache import CacheConfig
 from cache.base import LayerGroup, attend_exact
@@ -25,6 +28,7 @@ from weights import available_bytes
 
 CACHES, PIECE = ["full", "quant,bits=4", "minicache,bits=4"], 512      # PIECE: tokens a commit
 COLD_BYTES = 1 << 28        # read before each call: more than the last cache of most CPUs and of any GPU
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 ROUNDS, SECONDS = 25, 10    # calls of each side at most, after one that warms up; and the time after which three are enough
 COLUMNS = {"cache": ("cache", ""), "form": ("form", ""), "filled_tokens": ("filled", ","), "median_ms": ("ms", ".3f"),
            "bytes_read": ("bytes read", ","), "gb_per_s": ("GB/s", ".2f"), "share_of_bandwidth": ("of bandwidth", ".0%"),
@@ -63,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     for n in sorted({max(1, filled >> i) for i in range(4)}) if args.plot else [filled]:
         progress(f"storing {n:,} tokens in {len(specs)} caches, then timing")
         length, full = torch.full((B,), n, device=device), [x[:, :, :n] for x in (k16, v16)]
-        rivals = {"SDPA, enable_gqa": q.bfloat16(), "SDPA, heads as queries": q.bfloat16().view(B, G, -1, D)}
+        rivals = bf16_forms(q.bfloat16(), *full, by_name=device.type == "cuda")
         labels = [{"cache": "bf16 K and V", "form": form, "bytes_read": sum(x.nbytes for x in full)} for form in rivals]
-        sides = [lambda x=x, kv=full: F.scaled_dot_product_attention(x, *kv, enable_gqa=x.shape[1] != G) for x in rivals.values()]
+        sides = list(rivals.values())
         for spec, config, group in zip(specs, configs, groups, strict=True):
             fill(group, stored, n, like=k, generator=generator)
             for form in dict.fromkeys(["reference", group.form] if config.attend_form == "auto" else [group.form]):
@@ -78,17 +82,42 @@ def run(args: argparse.Namespace) -> int:
             speed = label["bytes_read"] / taken
             share = speed / rates["read_bytes_per_s"]
             rows.append(label | {"filled_tokens": n, "median_ms": taken * 1e3, "gb_per_s": speed / 1e9, "share_of_bandwidth": share,
-                                 "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:2]) / taken})
+                                 "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:len(rivals)]) / taken})
     # 4. the report
     print(f"one layer, one new token in each of {B} rows, {H}/{G} heads of {D}, capacity {S:,}; {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads; reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s (measured)\n"
-          "bytes read: those that must be, of the filled part; x: times as fast as SDPA on a bf16 full cache of that length\n")
+          "bytes read: those that must be, of the filled part; x: times as fast as attention on a bf16 full cache of that length\n")
     print_table(rows, COLUMNS)
     write_json(args.out, {"subject": "attention", "machine": machine(device), "rates": rates, "rows": rows,
                           "settings": vars(args) | {"cache": specs, "filled": filled, "device": str(device)}})
     if args.plot:
         plot(rows, args.plot)
     return 0
+
+
+def bf16_forms(q: Tensor, k: Tensor, v: Tensor, *, by_name: bool) -> dict[str, Callable[[], Tensor]]:
+    """What PyTorch has for q [B, H, 1, D] on whole K, V [B, G, N, D]. by_name: also each kernel of SDPA that takes these shapes, and flex
+    attention, compiled: a GPU's dispatcher need not choose the fastest."""
+    wide, gqa = q.view(*k.shape[:2], -1, q.shape[3]), q.shape[1] != k.shape[1]
+
+    def sdpa(q: Tensor, backend: SDPBackend | None = None) -> Tensor:
+        with sdpa_kernel(backend) if backend else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    forms = {"SDPA, enable_gqa": lambda: sdpa(q), "SDPA, heads as queries": lambda: sdpa(wide)}
+    if by_name:
+        flex = torch.compile(flex_attention, dynamic=False)
+        forms |= {f"SDPA, {name}": lambda kind=kind: sdpa(wide, kind) for name, kind in BACKENDS.items()}
+        forms["flex"] = lambda: flex(q, k, v, enable_gqa=gqa)
+    return {name: form for name, form in forms.items() if runs(form)}
+
+
+def runs(form: Callable[[], Tensor]) -> bool:
+    try:
+        form()
+    except RuntimeError:        # no such kernel here, or not for these shapes
+        return False
+    return True
 
 
 def one_group(cache: CacheConfig) -> CacheConfig:

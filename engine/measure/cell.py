@@ -98,7 +98,7 @@ def measure(cell: Cell) -> dict:
         total = torch.cuda.get_device_properties(device).total_memory
         if cell.memory_limit > total:
             raise ValueError(f"--fill-memory asks for {cell.memory_limit:,} bytes, {device} has {total:,}; give less")
-        torch.cuda.set_per_process_memory_fraction(cell.memory_limit / total, device)
+        torch.cuda.set_per_process_memory_fraction(cell.memory_limit / total, device.index or 0)
     # 1. the model and what runs it
     if cell.model:
         config = named_config(cell.model)
@@ -129,6 +129,7 @@ def measure(cell: Cell) -> dict:
     allocated = runner.kv_bytes() if cell.peer else sum(runner.cache.nbytes().values())
     peak = runner.peak_bytes() if cell.peer == "gpt-fast" else peak_bytes(device)
     return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "kv_bytes_allocated": allocated, "peak_bytes": peak,
+                     "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
                      "peak_above_weights_bytes": None if cell.peer == "gpt-fast" else max(0, peak - before)}
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cache import bits_per_element
 from engine.engine import Engine, check_sizes
 from engine.measure.answers import Answers
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                          "shortened_requests": answers.shortened, "answers_ended_by_capacity": answers.full, "metrics": metrics(results),
                          "lm_eval": json.loads(json.dumps(results, default=str))})
             del engine, answers
+            torch._dynamo.reset()       # where torch cannot tell engines apart, their graphs count against one limit
     except KeyboardInterrupt:
         interrupted = True
         progress("interrupted: the table holds the caches that were done")

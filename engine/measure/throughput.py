@@ -211,18 +211,20 @@ def name_of(cell: Cell) -> str:
 
 
 def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
-    """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32: halving between what ran and what did not."""
+    """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32: down in growing steps, as the card is nearly right,
+    then halving between what ran and what did not."""
     best, low, high, size = (cell, {"error": "not one row fits"}), 0, cell.batch + 1, cell.batch
-    while high - low > max(1, cell.batch // 32):
+    down = grain = max(1, cell.batch // 32)
+    while high - low > grain:
         trial = replace(cell, batch=size, lengths=load.requests(size))
         figures = measure_apart(trial)
         if "error" in figures:
-            high = size
-            best = best if low else (trial, figures)
+            high, best = size, best if low else (trial, figures)
             progress(f"  {size} rows do not fit: {figures['error']}")
+            size, down = max((low + high) // 2, high - down), 2 * down
         else:
             low, best = size, (trial, figures)
-        size = (low + high) // 2
+            size = (low + high) // 2
     return best
 
 

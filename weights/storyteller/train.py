@@ -234,6 +234,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
 @torch.inference_mode()
 def evaluate(directory: Path, held_out: Path) -> dict[str, float]:
     """NLL per byte (nats) of the first EVAL_CHARACTERS of each of EVALUATED, fp32: 256 tokens at a time after up to 255 before them."""
+    torch.set_float32_matmul_precision("highest")
     device, tokenizer = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(directory)
     model, nll = load_model(directory, device=device, dtype=torch.float32), {}
     rope, half = Rope(model.config, EVAL_CONTEXT).to(device), EVAL_CONTEXT // 2
