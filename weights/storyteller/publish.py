@@ -71,7 +71,8 @@ def model_card(directory: Path, report: dict[str, Any], figures: dict[str, Any])
     data = "\n".join(f"| {s} | {r['documents']:,} | {r['tokens']:,} | {figures['epochs'][s]:.2f} |" for s, r in report["sources"].items())
     held = "\n".join(f"| {name} | {nats:.4f} | {nats / math.log(2):.4f} | {figures['nll_before'][name]:.4f} |"
                      for name, nats in figures["nll"].items())
-    origin = f"It started from {figures['grown_from']}, grown into this shape." if figures.get("grown_from") else ""
+    origin = ("DIR was the checkpoint before this one, grown into this shape where it was smaller; the history stands in the repository's "
+              "README.\n" if figures["grown"] else "")
     curve = "\n".join(f"| {tokens:,} | {length} | {loss:.3f} |" for tokens, length, loss in figures["curve"])
     return f"""# storyteller
 
@@ -79,8 +80,9 @@ A story model of {millions:.1f} M parameters ({mb:.1f} MB in bf16) in Llama form
 {c.n_kv_head} kv heads of {c.head_dim}, width {c.dim}, MLP {c.intermediate_size}, vocabulary {c.vocab_size},
 context {c.max_position_embeddings}. It writes simple stories in English and knows nothing else.
 
-Made by `python -m weights.storyteller.train`: {figures['steps']:,} steps, {figures['tokens']:,} tokens, {figures['minutes']:.0f} minutes on
-{figures['device']}. Muon and AdamW, trapezoidal schedule; from novels to classics to simple stories; short sequences, at the end long ones.
+Made by `python -m weights.storyteller.train {figures['options']}`: {figures['steps']:,} steps, {figures['tokens']:,} tokens,
+{figures['minutes']:.0f} minutes on {figures['device']}. Muon and AdamW, trapezoidal schedule; what was read how often stands below; short
+sequences, at the end long ones.
 {origin}
 
 ## Data

@@ -280,7 +280,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     export(model, hf_config(shape), args.work / "data", target)
     shutil.copyfile(args.data / "storybooks_ccby_ATTRIBUTION.txt", target / "ATTRIBUTION.txt")
     figures |= {"nll": evaluate(target, args.held_out), "nll_before": evaluate(EMBEDDED, args.held_out), "checkpoint": str(target),
-                "grown_from": args.grow and f"`{args.grow}`"}
+                "grown": bool(args.grow),
+                "options": f"--shape {args.shape}{' --grow DIR' if args.grow else ''} "
+                           + (f"--minutes {args.minutes:g}" if args.minutes else f"--steps {args.steps}")}
     (target / "README.md").write_text(model_card(target, report, figures), encoding="utf-8")
     return figures
 
