@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from options import Parser, add_alignment_option, add_model_options, device_and_dtype, exit_status, open_checkpoint, settle_cpu
+from options import Parser, add_alignment_option, add_model_options, device_and_dtype, exit_status, open_checkpoint, read_text, settle_cpu
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams, Stats, Step
@@ -135,16 +134,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The texts to continue. ValueError for a --prompt-file that cannot be read or holds none."""
     if args.prompt_file is None:
         return ["Once upon a time" if args.prompt is None else args.prompt]
-    where = f"--prompt-file {args.prompt_file}"
-    try:
-        text = Path(args.prompt_file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read ({error.strerror}); give a text file with one prompt a line") from None
+    text = read_text(args.prompt_file, "--prompt-file", "a text file with one prompt a line")
     prompts = [line for line in text.split("\n") if line.strip()]       # splitlines() would also cut at form feeds and U+2028
     if not prompts:
-        raise ValueError(f"{where} holds no prompt in {len(text)} characters; write one a line")
+        raise ValueError(f"--prompt-file {args.prompt_file} holds no prompt in {len(text)} characters; write one a line")
     return prompts
 
 

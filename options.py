@@ -107,3 +107,14 @@ def open_checkpoint(name: str | None) -> tuple[Path, ModelConfig, Tokenizer]:
         raise ValueError(f"{checkpoint}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.vocab_size}; "
                          "download config.json and tokenizer of one model")
     return checkpoint, config, tokenizer
+
+
+def read_text(path: str, option: str, wanted: str) -> str:
+    """A UTF-8 file, a byte order mark left out. ValueError names the option and what it wants."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise ValueError(f"{option} {path} is not UTF-8 ({where}); save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read ({error.strerror}); give {wanted}") from None
