@@ -55,10 +55,10 @@ class Shape(NamedTuple):
 # lengths: tokens of a sequence from a point of the run on; the last is the model's context. Two cores see few tokens: stories from the
 # start, and short sequences.
 CURRICULUM = ((0., (.70, .25, .05, .00)), (.4, (.50, .35, .12, .03)), (.7, (.15, .35, .35, .15)), (1., (.00, .20, .45, .35)))
-HURRIED = ((0., (.10, .20, .55, .15)), (.6, (.03, .17, .55, .25)), (1., (.00, .10, .55, .35)))
+HURRIED = ((0., (.15, .25, .50, .10)), (.6, (.05, .25, .50, .20)), (1., (.00, .15, .50, .35)))
 SHAPES = {"gpu": Shape(320, 640, 16, 8, 4, 4096, 65_536, .1, 6e-3, 3e-3, CURRICULUM),
           "cpu": Shape(256, 512, 16, 4, 2, 4096, 4_096, 0., 9e-3, 4e-3, HURRIED, ((0., 256), (.8, 512), (.92, 2048))),
-          "grown": Shape(192, 768, 16, 6, 3, 4098, 4_096, 0., 2e-3, 8e-4, HURRIED, ((0., 256), (.5, 512), (.92, 2048))),
+          "grown": Shape(192, 768, 16, 6, 3, 4098, 4_096, 0., 2.5e-3, 1e-3, HURRIED, ((0., 256), (.5, 512), (.92, 2048))),
           "tiny": Shape(64, 96, 2, 2, 1, 400, 512, 0., 1e-2, 1e-2, CURRICULUM)}
 REPEATS = 16                                # a long run takes less of a source than this many readings, about: more teaches it by heart
 WARMUP, COOLDOWN = .02, .8                  # shares of the run; the rate is constant between (a trapezoid)
