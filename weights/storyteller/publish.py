@@ -25,7 +25,7 @@ EVAL_CHARACTERS, EVAL_CONTEXT = 150_000, 512        # of each held-out text; 512
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '" + USER + " ' + m['content'] }}"
             "{% elif m['role'] == 'assistant' %}{{ '" + ASSISTANT + " ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
-SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}        # what a small model says with more is hard to follow
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}        # less runs in circles, more is hard to follow
 SAMPLES = ("Once upon a time", "The little dragon was afraid of the dark.", "One day, Lily and Ben went to the sea.")
 CONVERSATIONS = ("Tell me a story about a fox named Rusty in the forest.", "The hero is Mia. It happens at the beach.")
 
