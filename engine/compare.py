@@ -88,10 +88,11 @@ def compare(full: Engine, other: Engine, prompts: Sequence[Sequence[int]],
 
 def check_room_for_full(engine: Engine) -> None:
     """ValueError where memory cannot hold a full cache beside the engine's: asked before the work that `compare_to_full` judges."""
-    config, own = CacheConfig(), sum(engine.cache.nbytes().values())
-    need, room = round(own * 2 * engine.dtype.itemsize * 4 / engine.bits_per_element), available_bytes(engine.device)
-    untouched = own if engine.device.type == "cpu" else 0       # a CPU gives pages when they are written
-    check_memory(config, need, engine.max_batch_size, engine.max_seq_len, engine.device, None if room is None else room - untouched)
+    full, room = CacheConfig(), available_bytes(engine.device)
+    if room is not None and engine.device.type == "cpu":        # a CPU gives pages when they are written
+        room -= sum(engine.cache.nbytes().values())
+    need = sum(full.nbytes(**engine.shape).values())
+    check_memory(full, need, engine.max_batch_size, engine.max_seq_len, engine.device, room)
 
 
 @torch.inference_mode()

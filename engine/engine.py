@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from engine.stats import Step
 from model import ModelConfig, Rope, Transformer
 from weights import Alignment, align, available_bytes, load_model
 
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]    # not cuDNN's, which plans anew for every length
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
 PREFILL_MASK = 2 ** 23      # entries of a chunk's mask over the whole prompt: past 16k tokens chunks become shorter
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
@@ -55,6 +54,12 @@ def check_memory(cache: CacheConfig, need: int, rows: int, max_seq_len: int, dev
                          f"{device}; {max(room, 0) * rows // need} rows would fit: lower the batch size or --max-seq-len")
 
 
+def fused_attention(device: torch.device) -> AbstractContextManager:
+    """For a prompt on CUDA: SDPA without cuDNN's kernel, which plans anew for every length. Good for one `with`."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels) if device.type == "cuda" else nullcontext()
+
+
 class Engine:
     """A model, a cache of `max_batch_size` rows by `max_seq_len` tokens, and one decode step over all rows."""
 
@@ -68,11 +73,11 @@ class Engine:
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
         self.compile = self.device.type == "cuda" if compile is None else compile
-        shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=max_batch_size, max_seq_len=max_seq_len,
-                     dtype=self.dtype)
-        check_memory(cache, sum(cache.nbytes(**shape).values()), max_batch_size, max_seq_len, self.device,
-                     available_bytes(self.device))
-        self.cache = cache.build(**shape, device=self.device, sliding_window=c.sliding_window)
+        self.shape = dict(n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim, batch=max_batch_size, max_seq_len=max_seq_len,
+                          dtype=self.dtype)
+        need = sum(cache.nbytes(**self.shape).values())
+        check_memory(cache, need, max_batch_size, max_seq_len, self.device, available_bytes(self.device))
+        self.cache = cache.build(**self.shape, device=self.device, sliding_window=c.sliding_window)
         self.rope = Rope(c, max_seq_len).to(self.device)
         self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
         self.decode_one_token = self._compiled(self.step) if self.compile else self.step
@@ -104,9 +109,7 @@ class Engine:
     @property
     def bits_per_element(self) -> float:
         """Bits of the cache for each number of K and V that it has room for, everything counted; a bf16 full cache has 16."""
-        c = self.config
-        return bits_per_element(sum(self.cache.nbytes().values()), n_layer=c.n_layer, n_kv_head=c.n_kv_head, head_dim=c.head_dim,
-                                batch=self.max_batch_size, max_seq_len=self.max_seq_len)
+        return bits_per_element(sum(self.cache.nbytes().values()), **self.shape)
 
     def interrupt(self) -> None:
         """Ask a running generate() to end after the current step: safe to call from a signal handler."""
@@ -239,7 +242,6 @@ class Engine:
         together. `past` bounds `length`.
         """
         P = ids.shape[1]
-        fused = sdpa_kernel(FUSED) if self.device.type == "cuda" else nullcontext()
         chunk = min(self.prefill_chunk, max(PREFILL_MASK // P, 64))
         x = self.model.embed(ids)
         column = torch.arange(P, device=self.device)
@@ -252,7 +254,7 @@ class Engine:
                 at = slice(start, start + chunk)
                 pos = input_pos[:, at]
                 caches = [handles[layer] for layer in layers]
-                with fused:
+                with fused_attention(self.device):
                     x[:, at] = self.model.run_layers(x[:, at], layers, caches, self.rope(pos), pos, valid[:, at], rows)
             for e in exact:
                 e.commit(length, n_new, rows)

@@ -285,3 +285,11 @@ def test_embedded_checkpoint_from_pretrained() -> None:
     tokens, _ = run(e, [[1, 300, 301], [1]], params)
     one = Engine(e.model, max_seq_len=32)
     assert tokens == [run(one, [p], params)[0][0] for p in ([1, 300, 301], [1])]
+
+
+def test_a_prompt_of_many_chunks_runs_on_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a choice of SDPA kernels that holds for the first chunk alone, and logits that depend on it."""
+    choose, prompt = engine.engine.fused_attention, [PROMPTS[0] * 3]
+    want = run(tiny(1, prefill_chunk=4), prompt, SamplingParams(max_new_tokens=4))
+    monkeypatch.setattr(engine.engine, "fused_attention", lambda device: choose(torch.device("cuda")))
+    assert run(tiny(1, prefill_chunk=4), prompt, SamplingParams(max_new_tokens=4)) == want
