@@ -1,4 +1,5 @@
 """What a run did and how long it took, measured where the work is: prefill and decode apart, the compiling step not counted."""
+import itertools
 import resource
 import statistics
 import sys
@@ -43,6 +44,12 @@ class Stats:
     def ttft_s(self) -> float:
         """Seconds until the first token of the first prefill."""
         return self.steps[0].since_start if self.steps else 0.0
+
+    @property
+    def ttft_last_row_s(self) -> float:
+        """Seconds until every row had its first token: the end of the last prefill before the first decode step."""
+        before = itertools.takewhile(lambda step: step.phase == "prefill", self.steps)
+        return max((step.since_start for step in before), default=0.0)
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -57,7 +57,8 @@ def test_one_real_measurement(run_out, monkeypatch, capsys) -> None:
     row, = result["rows"]
     assert (row["cache"], row["batch"], row["new_tokens"], row["decode_steps"], row["decoded_tokens"]) == ("minicache,bits=4", 2, 12, 5, 10)
     assert row["kv_bytes"] == row["kv_bytes_allocated"] and row["peak_bytes"] > row["kv_bytes"] + result["cards"][0]["weight_bytes"]
-    assert 0 < row["median_step_s"] <= row["p95_step_s"] and row["ttft_s"] > 0 and row["prefill_tokens_per_s"] > 0
+    assert 0 < row["median_step_s"] <= row["p95_step_s"] and 0 < row["ttft_s"] <= row["ttft_last_row_s"] and row["prefill_tokens_per_s"] > 0
+    assert row["attend_form"] in ("cpp", "reference") and {"triton", "transformers", "cuda"} <= result["machine"].keys()
     step = result["cards"][0]["steps"][0]
     assert (row["step_bytes"], row["ceiling_tokens_per_s"]) == (step["step_bytes"], step["ceiling_tokens_per_s"])
     assert row["share_of_ceiling"] == row["decode_tokens_per_s"] / row["ceiling_tokens_per_s"]
@@ -101,12 +102,35 @@ def test_fill_memory_takes_the_rows_of_the_card(here, run_out) -> None:
 @pytest.mark.parametrize("card_rows, true_rows", [(1, 1), (1, 0), (100, 100), (100, 61), (1000, 3), (0, 0)])
 def test_fill_memory_shrinks_to_what_runs(monkeypatch, card_rows, true_rows) -> None:
     """Guards a search that gives up, never ends, or reports a batch that did not run."""
-    monkeypatch.setattr(throughput, "measure_apart", lambda cell: {"error": "no room"} if cell.batch > true_rows else {"rows": cell.batch})
+    refused = {"error": "no room", "no_room": True}
+    monkeypatch.setattr(throughput, "measure_apart", lambda cell: refused if cell.batch > true_rows else {"rows": cell.batch})
     cell, figures = throughput.measure_apart_or_fewer(Cell("cpu", "float32", batch=card_rows), throughput.Load(((1, 1),)))
     if "error" in figures:
         assert true_rows <= max(0, card_rows // 32)
     else:
         assert cell.batch == figures["rows"] <= true_rows <= cell.batch + max(0, card_rows // 32)
+
+
+def test_an_error_of_another_kind_is_not_tried_with_fewer_rows(monkeypatch) -> None:
+    """Guards ten processes that each load the weights to meet the same bug."""
+    tried = []
+    monkeypatch.setattr(throughput, "measure_apart", lambda cell: tried.append(cell.batch) or {"error": "no kernel", "no_room": False})
+    _, figures = throughput.measure_apart_or_fewer(Cell("cpu", "float32", batch=100), throughput.Load(((1, 1),)))
+    assert tried == [100] and figures["error"] == "no kernel"
+
+
+def test_each_cell_is_on_disk_before_the_next_begins(here, run_out, monkeypatch, tmp_path) -> None:
+    """Guards hours of cells lost to a kill that nothing can catch."""
+    found, measure_here = [], throughput.measure_apart
+
+    def look_first(cell: Cell) -> dict:
+        if cell.lengths and (tmp_path / "out.json").exists():
+            found.append(json.loads((tmp_path / "out.json").read_text()))
+        return measure_here(cell)
+    monkeypatch.setattr(throughput, "measure_apart", look_first)
+    _, result = run_out("--batch-sizes", "1", "--cache", "full", "quant,bits=4", "--new-tokens", "2")
+    (early,) = found
+    assert early["rows"] == result["rows"][:1] and early["interrupted"] and not result["interrupted"]
 
 
 def test_ctrl_c_keeps_what_was_measured(monkeypatch, run_out, capsys) -> None:
@@ -164,6 +188,18 @@ def test_cell_that_cannot_run_answers_with_one_line(monkeypatch, capsys) -> None
     assert "unknown model 'gpt-5'" in json.loads(capsys.readouterr().out)["error"]
 
 
+@pytest.mark.parametrize("error, no_room", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+    (ValueError("a full cache of 9 rows takes 99 bytes, 9 are free"), True), (RuntimeError("no kernel image"), False)])
+def test_a_cell_says_whether_memory_was_short(error, no_room, monkeypatch, capsys) -> None:
+    def fail(cell: Cell) -> dict:
+        raise error
+    monkeypatch.setattr(cells, "measure", fail)
+    monkeypatch.setattr(cells.sys, "stdin", io.StringIO(json.dumps({"device": "cpu", "dtype": "float32"})))
+    assert cells.main() == 0 and json.loads(capsys.readouterr().out)["no_room"] is no_room
+
+
 def test_peers_are_rows_of_the_same_table(here, run_out, capsys) -> None:
     pytest.importorskip("transformers")
     _, result = run_out("--batch-sizes", "2", "--cache", "full", "--peer", "transformers")
@@ -209,6 +245,7 @@ def test_plot_is_a_png(here, run_out, tmp_path) -> None:
     (["--peer", "transformers", "x"], ["transformers x", "gpt-fast DIR"]),
     (["--peer", "transformers", "--peer", "gpt-fast", "no/such"], ["no/such", "model.py"]),
     (["--plot", "plot.jpg"], ["plot.jpg", "PNG"]),
+    (["--plot", "plot.png", "--card-only"], ["plot.png", "--card-only"]),
     (["--out", "no/such/folder/out.json"], ["no/such/folder/out.json"]),
 ], ids=lambda x: " ".join(x))
 def test_mistakes_are_one_line(argv, says, monkeypatch, capsys, tmp_path) -> None:

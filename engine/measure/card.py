@@ -115,7 +115,8 @@ def make_card(c: ModelConfig, spec: str, *, capacity: int, prompt_tokens: int, l
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Read bandwidth of this machine's memory (a sum over a large buffer) and rate of linear layers in `dtype`: all threads, best of a few.
+    """Read bandwidth of this machine's memory (a sum over a large buffer) and rate of linear layers in `dtype`, on torch's threads: the
+    best of a few.
 
     A model or cache small enough to stay in the processor's own cache may run above the ceiling that follows.
     """

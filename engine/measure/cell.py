@@ -53,7 +53,8 @@ class Cell:
 
 
 def measure_apart(cell: Cell) -> dict:
-    """The figures of `cell`, or {"error": one line}. Ctrl-C and SIGTERM raise KeyboardInterrupt and end the child, too."""
+    """The figures of `cell`, or {"error": one line, "no_room": whether fewer rows may help}. Ctrl-C and SIGTERM raise KeyboardInterrupt and
+    end the child, too."""
     root = Path(__file__).resolve().parents[2]
     before = signal.signal(signal.SIGTERM, interrupt)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the child and the child's children
@@ -67,8 +68,9 @@ def measure_apart(cell: Cell) -> dict:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     if child.returncode:
-        why = " (killed: out of memory?)" if child.returncode == -9 else ""
-        return {"error": f"the measuring process ended with status {child.returncode}{why}"}
+        killed = child.returncode == -signal.SIGKILL
+        why = " (killed: out of memory?)" if killed else ""
+        return {"error": f"the measuring process ended with status {child.returncode}{why}", "no_room": killed}
     return json.loads(answer.splitlines()[-1])
 
 
@@ -83,7 +85,9 @@ def main() -> int:
     try:
         result = measure(cell)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:      # RuntimeError: torch out of memory, or its compiler
-        result = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+        text = " ".join(str(error).split())     # ValueError: the arguments were checked before, so a size that memory cannot hold
+        no_room = isinstance(error, ValueError | MemoryError) or "out of memory" in text or "can't allocate memory" in text
+        result = {"error": text[:300] or type(error).__name__, "no_room": no_room}
     print(json.dumps(result))
     return 0
 
@@ -91,9 +95,9 @@ def main() -> int:
 def measure(cell: Cell) -> dict:
     """Run it here. ValueError where weights or cache do not fit."""
     device, dtype = torch.device(cell.device), getattr(torch, cell.dtype)
+    torch.set_num_threads(cell.threads)
     if not cell.lengths:
         return {"memory_bytes": available_bytes(device)} | measure_rates(device, dtype)
-    torch.set_num_threads(cell.threads)
     if cell.memory_limit and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         if cell.memory_limit > total:
@@ -127,9 +131,10 @@ def measure(cell: Cell) -> dict:
     result = figures(shown.watch(runner.generate(prompts, params)))
     wall_s = time.perf_counter() - begin
     allocated = runner.kv_bytes() if cell.peer else sum(runner.cache.nbytes().values())
+    form = None if cell.peer else runner.cache.groups[-1].form
     peak = runner.peak_bytes() if cell.peer == "gpt-fast" else peak_bytes(device)
-    return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "kv_bytes_allocated": allocated, "peak_bytes": peak,
-                     "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+    return result | {"wall_s": wall_s, "tokens_per_s": result["new_tokens"] / wall_s, "attend_form": form, "kv_bytes_allocated": allocated,
+                     "peak_bytes": peak, "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
                      "peak_above_weights_bytes": None if cell.peer == "gpt-fast" else max(0, peak - before)}
 
 
@@ -162,8 +167,8 @@ def figures(steps: Iterator[Step]) -> dict:
     decode = [s for s in stats.steps if s.phase == "decode"]
     seconds = sorted(s.seconds for s in decode)
     new_tokens, decoded_tokens = (sum(len(s.tokens) for s in steps) for steps in (stats.steps, decode))
-    result = {"ttft_s": stats.ttft_s, "prefill_tokens_per_s": stats.prefill_tokens_per_s, "new_tokens": new_tokens,
-              "decoded_tokens": decoded_tokens, "decode_steps": len(decode)}
+    result = {"ttft_s": stats.ttft_s, "ttft_last_row_s": stats.ttft_last_row_s, "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+              "new_tokens": new_tokens, "decoded_tokens": decoded_tokens, "decode_steps": len(decode)}
     if decode:
         result |= {"decode_tokens_per_s": stats.decode_tokens_per_s, "median_step_s": stats.median_step_s,
                    "p95_step_s": seconds[math.ceil(0.95 * len(seconds)) - 1]}

@@ -3,6 +3,7 @@
 Contract: figures carry their unit in the key, None is "not measured" ("-" in the table, null in JSON). `check_outputs` runs before any
 work, so that an hour's figures are not lost to a mistyped folder. Trap: matplotlib is an extra, imported only where a plot is asked for.
 """
+import importlib.metadata
 import json
 import math
 import os
@@ -27,7 +28,15 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {"processor": names[0] if names else platform.processor() or platform.machine(), "cpu_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(), "gpu": gpu, "system": f"{platform.system()} {platform.release()}",
-            "python": platform.python_version(), "torch": torch.__version__}
+            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            **{package: version(package) for package in ("triton", "transformers")}}
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> None:

@@ -1,8 +1,9 @@
 """How many rows fit and how fast they run: a card from integers first, then measurements, one process a cell.
 
 Contract: every cache (and peer) runs the same prompts of random ids, greedy, without stop ids; caches alternate within each batch size.
-Ceiling and achieved GB/s count what a step must read: see card.py. Ctrl-C and SIGTERM keep the cells that are done.
-Trap: on CPU peak bytes are the resident set with Python and torch in it, and --fill-memory is a count of rows, not an enforced limit.
+Ceiling and achieved GB/s count what a step must read: see card.py. Ctrl-C and SIGTERM keep the cells that are done; --out is written anew
+after each. Trap: on CPU peak bytes are the resident set with Python, torch and its compiler in it, and --fill-memory is a count of rows,
+not an enforced limit.
 """
 import argparse
 import csv
@@ -31,7 +32,8 @@ CARD = {"cache": ("cache", ""), "kv_bytes_per_row": ("KV bytes/row", ","), "kv_b
         "bits_per_element": ("bits/element", ".2f"), "ratio_to_full": ("x bf16", ".2f"), "rows_that_fit": ("rows that fit", ",")}
 STEP = {"cache": ("cache", ""), "batch": ("rows", ","), "step_bytes": ("bytes read/step", ","),
         "ceiling_tokens_per_s": ("ceiling tok/s", ",.0f")}
-SPEED = {"cache": ("cache", ""), "batch": ("rows", ","), "ttft_s": ("TTFT s", ".3f"), "prefill_tokens_per_s": ("prefill tok/s", ",.0f"),
+SPEED = {"cache": ("cache", ""), "batch": ("rows", ","), "ttft_s": ("TTFT s", ".3f"), "ttft_last_row_s": ("last row", ".3f"),
+         "prefill_tokens_per_s": ("prefill tok/s", ",.0f"),
          "median_step_s": ("step s", ".4f"), "p95_step_s": ("p95", ".4f"), "decode_tokens_per_s": ("decode tok/s", ",.1f"),
          "tokens_per_s": ("with prefill", ",.1f"), "achieved_gb_per_s": ("GB/s", ",.2f"), "share_of_ceiling": ("of ceiling", ".0%")}
 MEMORY = {"cache": ("cache", ""), "batch": ("rows", ","), "kv_bytes": ("KV bytes (formula)", ","),
@@ -67,6 +69,8 @@ class Load:
 def run(args: argparse.Namespace) -> int:
     """Check, print the cards, measure, report. Exit status 130 after Ctrl-C."""
     # 1. all that can be refused
+    if args.card_only and args.plot:
+        raise ValueError(f"--plot {args.plot} draws what was measured, --card-only measures nothing; leave one of them out")
     check_outputs(args.out, args.plot)
     device, dtype = device_and_dtype(args)
     checkpoint, config = read_model(args)
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     payload = {"subject": "throughput", "machine": machine(device),
                "settings": vars(args) | {"cache": specs, "dtype": base.dtype, "device": base.device, "compile": base.compile},
                "capacity_tokens": load.capacity, "requests_clipped": load.clipped, "rates": rates, "cards": cards, "rows": [],
-               "interrupted": False}
+               "interrupted": not args.card_only}       # until the last cell is done
     print_cards(cards, base, load, memory, speeds)
     if args.card_only:
         write_json(args.out, payload)
@@ -120,8 +124,10 @@ def run(args: argparse.Namespace) -> int:
             progress(f"{len(rows) + 1} of {len(todo)}: {name_of(cell)}, batch {size}")
             cell, figures = measure_apart_or_fewer(cell, load) if limit else (cell, measure_apart(cell))
             rows.append(row_of(cell, figures, config, load, rates))
+            write_json(args.out, payload)
+        payload["interrupted"] = False
     except KeyboardInterrupt:
-        payload["interrupted"] = True
+        pass
     # 4. the report
     measured = [row for row in rows if "error" not in row]
     if rows and not measured:
@@ -212,7 +218,7 @@ def name_of(cell: Cell) -> str:
 
 def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
     """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32: down in growing steps, as the card is nearly right,
-    then halving between what ran and what did not."""
+    then halving between what ran and what did not. An error that says nothing of memory ends the search."""
     best, low, high, size = (cell, {"error": "not one row fits"}), 0, cell.batch + 1, cell.batch
     down = grain = max(1, cell.batch // 32)
     while high - low > grain:
@@ -220,6 +226,8 @@ def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
         figures = measure_apart(trial)
         if "error" in figures:
             high, best = size, best if low else (trial, figures)
+            if not figures.get("no_room"):
+                break
             progress(f"  {size} rows do not fit: {figures['error']}")
             size, down = max((low + high) // 2, high - down), 2 * down
         else:
