@@ -38,6 +38,7 @@ class LayerGroup(nn.Module):
     layers: tuple[int, ...]
     sliding_window: int | None = None
     form: str = "reference"         # of attention for one new token per row: see cache/kernels
+    commits_fast: bool = False      # `form` holds for storing it, too
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:
@@ -200,6 +201,6 @@ def attend_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     if T == 1 and mask is not None:     # the query heads of a kv head as its queries: no kernel can fall back to repeating K and V
         y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask)
         return y.view(B, H, T, D)
-    if mask is not None and q.is_cuda:      # no fused kernel takes a mask and fewer kv heads
+    if mask is not None and q.is_cuda and H != k.shape[1]:      # no fused kernel takes a mask and fewer kv heads
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[1])

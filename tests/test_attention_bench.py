@@ -43,8 +43,11 @@ def test_every_side_has_its_figures(run_out, capsys) -> None:
     fast = build_cache(CacheConfig.parse("quant"), **shape).groups[0].form
     wanted = [("bf16 K and V", "SDPA, enable_gqa"), ("bf16 K and V", "SDPA, heads as queries")]
     wanted += [(spec, form) for spec in specs[:3] for form in dict.fromkeys(("reference", fast))] + [(specs[3], "reference")]
-    rows = result["rows"]
+    stored = [("full", "commit, reference")] + [(spec, f"commit, {form}") for spec, form in wanted[2:] if spec != "full"]
+    rows, commits = result["rows"][:len(wanted)], result["rows"][len(wanted):]
     assert [(row["cache"], row["form"]) for row in rows] == wanted
+    assert [(row["cache"], row["form"]) for row in commits] == stored and all(row["median_ms"] > 0 for row in commits)
+    assert not any("speedup_over_sdpa" in row for row in commits), "storing is not attention"
     best = min(row["median_ms"] for row in rows[:2])
     for row in rows:
         assert all(math.isfinite(value) and value > 0 for value in row.values() if not isinstance(value, str))
@@ -54,7 +57,7 @@ def test_every_side_has_its_figures(run_out, capsys) -> None:
         assert row["speedup_over_best_sdpa"] == pytest.approx(best / row["median_ms"])
         assert row["filled_tokens"] == 99
     assert result["settings"]["dtype"] == "bfloat16" and result["machine"]["torch_threads"] >= 1
-    assert len(capsys.readouterr().out.splitlines()) == 3 + 1 + len(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 1 + len(result["rows"])
 
 
 @pytest.mark.parametrize("spec, group", [("minicache,pairs=6-9:7-8", 2), ("minicache,pairs=0-3-5", 3), ("minicache,group=4", 4),
@@ -84,8 +87,8 @@ def test_bytes_by_hand(run_out) -> None:
     column = 2 * 8 + 2 * 2          # codes of K and V, two fp16 magnitudes
     exact = 2 * 16 * 2              # bf16 K and V
     head = (52 - 10) * column + 52 + 10 * (4 + 4) + (10 + 8) * exact        # flags; position and score of a slot
-    assert {row["bytes_read"] for row in rows if row["cache"].startswith("minicache")} == {3 * 2 * head}
-    assert {row["bytes_read"] for row in rows if not row["cache"].startswith("minicache")} == {3 * 2 * 60 * exact}
+    assert {row["bytes_read"] for row in rows if row["bytes_read"] and row["cache"].startswith("minicache")} == {3 * 2 * head}
+    assert {row["bytes_read"] for row in rows if row["bytes_read"] and not row["cache"].startswith("minicache")} == {3 * 2 * 60 * exact}
 
 
 @pytest.mark.parametrize("spec", ["full", "quant,k_bits=3,v_bits=8,sinks=0", "minicache,retain=0,sinks=0", "quant,window=99,sinks=0"])
@@ -99,6 +102,18 @@ def test_bytes_agree_with_the_card(spec: str) -> None:
     config = replace(named_config("llama-2-7b"), n_layer=layers, n_kv_head=2, head_dim=16)
     of_group = 3 * kv_read_bytes(config, cache, length=70, capacity=100, dtype=torch.bfloat16)
     assert attention.bytes_read(group, 70) * layers == of_group
+
+
+def test_commit_is_timed_on_the_form_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards two rows that time the same code, and a group left on another form than its own."""
+    group = build_cache(CacheConfig.parse("minicache,merge_from=0,window=3"), n_layer=2, **SHAPE).groups[0]
+    group.form, fast = "cpp", []
+    monkeypatch.setattr(type(group), "commit_fast", lambda self, *_: fast.append(self.form))
+    k, length = torch.randn(3, 2, 1, 16).bfloat16(), torch.full((3,), 5)
+    for form in ("reference", "cpp"):
+        attention.commit_call(group, form, k, k, length)()
+    assert fast == ["cpp"] and group.form == "cpp"
+    assert torch.equal(group.k_window[:, :, :, 5 % 3], k[None, :, :, 0].expand(2, -1, -1, -1)), "the reference stored it for both layers"
 
 
 def test_reference_of_a_full_cache_sees_the_filled_part_and_the_new_token() -> None:

@@ -1,4 +1,5 @@
-"""The time of one layer's attention for one new token per row, storing it left out: every form of every cache beside SDPA on bf16 K and V.
+"""The time of one layer's attention for one new token per row: every form of every cache beside SDPA on bf16 K and V. Storing the token
+has rows of its own (commit): once a step for all layers of the group.
 
 Contract: all sides take turns in one run, each call on cold caches, as in a decode step where other layers and the weights pass in between.
 Bytes are what must be read of the filled part, whatever a form touches. A merged SPEC is one merged group; its unmerged layers are another.
@@ -72,17 +73,23 @@ def run(args: argparse.Namespace) -> int:
         sides = list(rivals.values())
         for spec, config, group in zip(specs, configs, groups, strict=True):
             fill(group, stored, n, like=k, generator=generator)
-            for form in dict.fromkeys(["reference", group.form] if config.attend_form == "auto" else [group.form]):
+            for form in forms_of(group, config):
                 labels.append({"cache": spec, "form": form, "bytes_read": bytes_read(group, n)})
                 sides.append(attend_call(group, form, q, k, v, length))
+        for spec, config, group in zip(specs, configs, groups, strict=True):
+            for form in forms_of(group, config) if group.commits_fast else ["reference"]:
+                labels.append({"cache": spec, "form": f"commit, {form}", "bytes_read": None})
+                sides.append(commit_call(group, form, k, v, length))
         stored = n
         with torch.cuda.device_of(q):       # a no-op for a CPU tensor
             seconds = median_seconds(sides, device)
         for label, taken in zip(labels, seconds, strict=True):
-            speed = label["bytes_read"] / taken
-            share = speed / rates["read_bytes_per_s"]
-            rows.append(label | {"filled_tokens": n, "median_ms": taken * 1e3, "gb_per_s": speed / 1e9, "share_of_bandwidth": share,
-                                 "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:len(rivals)]) / taken})
+            row = label | {"filled_tokens": n, "median_ms": taken * 1e3}
+            if label["bytes_read"]:
+                speed = label["bytes_read"] / taken
+                row |= {"gb_per_s": speed / 1e9, "share_of_bandwidth": speed / rates["read_bytes_per_s"],
+                        "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:len(rivals)]) / taken}
+            rows.append(row)
     # 4. the report
     print(f"one layer, one new token in each of {B} rows, {H}/{G} heads of {D}, capacity {S:,}; {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads; reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s (measured)\n"
@@ -120,6 +127,10 @@ def runs(form: Callable[[], Tensor]) -> bool:
     return True
 
 
+def forms_of(group: LayerGroup, config: CacheConfig) -> list[str]:
+    return list(dict.fromkeys(["reference", group.form] if config.attend_form == "auto" else [group.form]))
+
+
 def one_group(cache: CacheConfig) -> CacheConfig:
     """The same cache for the layers of one merged group alone: of the first, where SPEC names them."""
     return replace(cache, merge_from=0, pairs="", group=cache.pairs.partition(":")[0].count("-") + 1 if cache.pairs else cache.group)
@@ -145,13 +156,26 @@ def bytes_read(group: LayerGroup, length: int) -> int:
 
 
 def attend_call(group: LayerGroup, form: str, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Callable[[], Tensor]:
-    """One layer's attention without what stores the new token. The reference of a full cache is SDPA over its whole capacity."""
+    """One layer's attention, the new token not stored. The reference of a full cache is SDPA over its whole capacity."""
     if form != "reference":
         return lambda: group.attend_fast(0, q, k, v, length)
     if isinstance(group, FullLayer):
         mask = (torch.arange(group.k.shape[2], device=q.device) <= length[:, None])[:, None, None]
         return lambda: attend_exact(q, group.k, group.v, mask)
     return lambda: group.attend_reference(0, q, k, v, length[:, None], None)
+
+
+def commit_call(group: LayerGroup, form: str, k: Tensor, v: Tensor, length: Tensor) -> Callable[[], None]:
+    """One new token per row stored for all layers of the group, at the same place in every call."""
+    k, v = (x.expand(len(group.layers), *x.shape).contiguous() for x in (k, v))
+    n_new = torch.ones_like(length)
+
+    def call() -> None:
+        before, group.form = group.form, form
+        group.commit(k, v, length, n_new)
+        group.form = before
+
+    return call
 
 
 def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
@@ -180,6 +204,7 @@ def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) 
 def plot(rows: Sequence[dict], path: str) -> None:
     """Time over the stored tokens, one line a cache and form."""
     figure, ((axes,),) = new_figure(1, 1, width=8, height=5)
+    rows = [row for row in rows if row["bytes_read"]]       # attention alone
     for name in dict.fromkeys((row["cache"], row["form"]) for row in rows):
         filled, ms = zip(*[(row["filled_tokens"], row["median_ms"]) for row in rows if (row["cache"], row["form"]) == name], strict=True)
         axes.plot(filled, ms, marker="o", label=", ".join(name))
