@@ -4,6 +4,7 @@ Trap: the loss also falls on a model that has only learned how often each token 
 """
 import lzma
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,21 @@ def test_twenty_steps_beat_the_token_frequencies(work: Path, trained: tuple) -> 
     assert loss < entropy - .3, (loss, entropy)
     assert figures["steps"] == 20 and figures["tokens"] == 20 * 512
     assert (work / "log.csv").read_text().splitlines()[2].startswith("20,")
+
+
+def test_the_minutes_of_a_run_are_those_of_training(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a warm-up, or half a short run, spent on compiling: each new length takes 100 s here, a step one."""
+    shutil.copytree(work / "data", tmp_path / "data")
+    now, seen, loss_of = [0.], set(), recipe.loss_of
+
+    def slow(model: torch.nn.Module, rope: Rope, ids: torch.Tensor) -> torch.Tensor:
+        now[0] += 1 if ids.shape in seen else 100
+        seen.add(ids.shape)
+        return loss_of(model, rope, ids)
+    monkeypatch.setattr(recipe, "loss_of", slow)
+    monkeypatch.setattr(recipe.time, "monotonic", lambda: now[0])
+    _, figures = recipe.train(tmp_path, SHAPE._replace(lengths=((0., 64), (.5, 128))), minutes=.5, compile=False)
+    assert figures["steps"] == 32 and figures["minutes"] == .5
 
 
 def test_a_resumed_run_ends_with_the_same_weights(work: Path, trained: tuple) -> None:

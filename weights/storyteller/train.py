@@ -185,7 +185,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
         windows.drawn, step, before, rows = state["drawn"], state["step"], state["seconds"], state["rows"]
     rope, cuda = Rope(config, shape.lengths[-1][1]).to(device), device.type == "cuda"
     loss_fn = torch.compile(loss_of, dynamic=False) if compile else loss_of
-    losses, marked, saved = [], started, started
+    losses, marked, saved, compiled = [], started, started, set()
 
     def save() -> None:
         state = {"shape": tuple(shape), "model": model.state_dict(), "adamw": adamw.state_dict(), "muon": muon.buffers,
@@ -200,6 +200,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
         if progress >= 1 or step == stop_after:
             break
         factor = min(1, (progress + 1e-3) / WARMUP, (1 - progress) / COOLDOWN)
+        begin = time.monotonic()
         torch.manual_seed(step)                                 # dropout
         ids = deal(windows, step, progress, shape, device)
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
@@ -213,6 +214,9 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
         model.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         step += 1
+        if ids.shape not in compiled:                           # a step that compiles takes longer than the whole warm-up
+            compiled.add(ids.shape)
+            started += time.monotonic() - begin
         if step % 10 == 0:                                      # the only wait for the device
             mean, now = float(torch.stack(losses).mean()), time.monotonic()
             rows.append((step, round((before + now - started) / 60, 3), step * n_tokens, ids.shape[1] - 1, shape.muon_rate * factor, mean,
@@ -255,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="held-out NLL per byte of this checkpoint, and nothing else")
     parser.add_argument("--shape", choices=SHAPES, default="gpu")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, help="of training, the cooldown included")
+    budget.add_argument("--minutes", type=float, help="of training, the cooldown included, compiling not")
     budget.add_argument("--steps", type=int)
     parser.add_argument("--grow", type=Path, metavar="DIR",
                         help="start from this smaller checkpoint: its weights, its tokenizer and two chat tokens")
