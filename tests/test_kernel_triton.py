@@ -148,6 +148,7 @@ CASES = {   # name: spec, (query heads, kv heads), head_dim, capacity, lengths, 
     "2 bits, window 1": ("quant,bits=2,window=1", (4, 1), 64, 80, [78, 1], FP16, None, 16),
     "K 8, V 2, three members": ("minicache,merge_from=0,group=3,k_bits=8,v_bits=2", (2, 1), 128, 80, [75], BF16, None, 16),
     "K 16, V 4": ("minicache,merge_from=0,v_bits=4", (2, 1), 128, 80, [75], BF16, None, 16),
+    "K 4, V 8": ("quant,k_bits=4,v_bits=8", (2, 1), 64, 80, [75, 3], BF16, None, 16),
     "K own, K 4, V 16": ("minicache,merge_from=0,k_bits=4,merge_k=0", (2, 1), 64, 80, [75], BF16, None, 16),
     "3 bits, D 16": ("minicache,merge_from=0,bits=3", (2, 1), 16, 60, [55], FP16, None, 16),
 }
@@ -265,7 +266,8 @@ def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Pa
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability,bits,D", [(80, 4, 128), (90, 4, 128), (90, 3, 96), (90, 16, 128)])
+@pytest.mark.parametrize("capability,bits,D", [
+    (80, 4, 128), (90, 4, 128), (90, 3, 96), (80, 3, 128), (90, 2, 64), (90, 8, 128), (90, 16, 128)])
 def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, record_property, tmp_path: Path) -> None:
     """Guards: what only the compiler refuses, registers that spill to memory, shared memory beyond the chip's (164 KB, 227 KB)."""
     for kernel, _, arguments, options in plan(bits, D=D, dtype=BF16):

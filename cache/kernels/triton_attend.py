@@ -6,6 +6,7 @@ one is captured.
 Trap: triton is imported by the first call, not by this module; torch's CUDA wheels bring it.
 """
 import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ RESIDENT_WARPS = 16     # of one multiprocessor: what 128 registers a thread lea
 
 @functools.cache
 def load() -> bool:
-    """Register both operators for CUDA, once. False where triton or a device of capability 8.0 (bf16 in tensor cores) is absent."""
-    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    """Register both operators for CUDA, once. False where triton or a device of capability 8.0 (bf16 in tensor cores) is absent, with a
+    warning on stderr if there is a device at all."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return False
     try:
+        if torch.cuda.get_device_capability() < (8, 0):
+            raise ImportError(f"{torch.cuda.get_device_name()} has no bf16 in tensor cores")
         from cache.kernels.triton_commit import commit_triton
-    except ImportError:
+    except ImportError as error:
+        print(f"warning: the Triton kernels cannot run ({error}), so the slower reference is used", file=sys.stderr)
         return False
     library.impl("attend", attend_triton, "CUDA")
     library.impl("commit", commit_triton, "CUDA")
