@@ -25,7 +25,8 @@ class GroupPrefill:
 
     def commit(self, length: Tensor, n_new: Tensor, rows: Tensor | None) -> None:
         """Store n_new [B'] tokens of the scratch after `length` [B'] stored ones, in pieces: commit is associative."""
-        step = max(BLOCK // len(length), 16)        # bounds the fp32 temporaries of merging
+        most = BLOCK * (4 if self.k.is_cuda else 1)     # bounds the fp32 temporaries of merging; a GPU has more room than time for launches
+        step = max(most // len(length), 16)
         for start in range(0, self.n_tokens, step):
             piece = slice(start, start + step)
             self.group.commit(self.k[:, :, :, piece], self.v[:, :, :, piece], length + n_new.clamp_max(start),

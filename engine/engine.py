@@ -102,8 +102,11 @@ class Engine:
     def _compiled(self, step: DecodeStep):
         """One graph, or an error; an engine's recompiles do not count against those of another where torch can tell them apart."""
         isolate = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+        cuda = self.device.type == "cuda"
         # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes
-        options = {"reorder_for_locality": False, "triton.cudagraphs": self.device.type == "cuda"}
+        options = {"reorder_for_locality": False, "triton.cudagraphs": cuda}
+        if cuda and self.max_batch_size == 1:       # inductor's own product of one row, tuned, instead of the library's
+            options["coordinate_descent_tuning"] = True
         return torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
 
     @property

@@ -184,6 +184,7 @@ def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) 
     pool = torch.cuda.graph_pool_handle() if cuda else None     # graphs that run one at a time share their scratch
     for i, side in enumerate(sides if cuda else ()):
         side()      # compiles, outside the capture
+        torch.cuda.empty_cache()        # the graphs' pool cannot take what that call leaves cached
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool):
             side()
         calls[i] = graph.replay

@@ -38,7 +38,7 @@ SPEED = {"cache": ("cache", ""), "batch": ("rows", ","), "ttft_s": ("TTFT s", ".
          "tokens_per_s": ("with prefill", ",.1f"), "achieved_gb_per_s": ("GB/s", ",.2f"), "share_of_ceiling": ("of ceiling", ".0%")}
 MEMORY = {"cache": ("cache", ""), "batch": ("rows", ","), "kv_bytes": ("KV bytes (formula)", ","),
           "kv_bytes_allocated": ("KV bytes (allocated)", ","), "peak_bytes": ("peak bytes", ","),
-          "peak_above_weights_bytes": ("peak above weights", ",")}
+          "peak_reserved_bytes": ("reserved", ","), "peak_above_weights_bytes": ("peak above weights", ",")}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     if rows and not measured:
         raise ValueError(rows[0]["error"])
     for columns in (SPEED, MEMORY) if measured else ():
-        print_table(measured, columns)
+        print_table(measured, {key: column for key, column in columns.items() if any(row.get(key) is not None for row in measured)})
         print()
     for row in rows:
         if "error" in row:
