@@ -267,7 +267,7 @@ def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Pa
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability,bits,D", [
-    (80, 4, 128), (90, 4, 128), (90, 3, 96), (80, 3, 128), (90, 2, 64), (90, 8, 128), (90, 16, 128)])
+    (80, 4, 128), (90, 4, 128), (90, 3, 96), (80, 3, 128), (90, 2, 64), (90, 4, 256), (90, 8, 128), (90, 16, 128)])
 def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, record_property, tmp_path: Path) -> None:
     """Guards: what only the compiler refuses, registers that spill to memory, shared memory beyond the chip's (164 KB, 227 KB)."""
     for kernel, _, arguments, options in plan(bits, D=D, dtype=BF16):

@@ -94,8 +94,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
         SPLITS=power_of_2(exact_splits + splits), TILE=16)
-    # four warps of codes need just over 128 registers when left alone; at 128 a fourth program is resident, without a spill
-    options = {"num_warps": warps} | ({"maxnreg": 128} if warps == 4 and max(bits) <= 4 and not wide else {})
+    # codes take up to 161 registers when left alone; at 128 RESIDENT_WARPS fit, without a spill
+    options = {"num_warps": warps} | ({"maxnreg": 128} if max(bits) <= 4 and D <= 128 and not wide else {})
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
             (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
 
