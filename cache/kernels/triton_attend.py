@@ -94,8 +94,9 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
         SPLITS=power_of_2(exact_splits + splits), TILE=16)
-    # codes take up to 161 registers when left alone; at 128 RESIDENT_WARPS fit, without a spill
-    options = {"num_warps": warps} | ({"maxnreg": 128} if max(bits) <= 4 and D <= 128 and not wide else {})
+    # codes take up to 161 registers when left alone; at 128 RESIDENT_WARPS fit, without a spill but for 3 bits of 96
+    narrow = max(bits) <= 4 and D <= 128 and not wide and (D % 64 == 0 or 3 not in bits)
+    options = {"num_warps": warps} | ({"maxnreg": 128} if narrow else {})
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
             (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
 
