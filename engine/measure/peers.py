@@ -4,8 +4,8 @@ A transformers peer shares the parameters themselves; prompts, dtype, threads an
 
 Contract: `Peer.generate` yields the engine's Steps for greedy decoding of a batch of prompts of one length, each step synchronised.
 StaticCache decodes compiled where our engine does, as its documentation shows; the others grow as they decode and run eagerly.
-Trap: transformers builds rotary tables outside the parameters, so a model made on "meta" needs them made anew. All
-rows pass their prompts at once, so under --fill-memory what a prompt needs, not the cache, may bound a peer's rows.
+Trap: transformers builds rotary tables outside the parameters, so a model made on "meta" needs them made anew. All rows pass
+their prompts at once, so under --fill-memory what a prompt needs, not the cache, may bound a peer's rows.
 """
 import importlib.util
 import time
