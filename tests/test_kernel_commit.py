@@ -34,7 +34,7 @@ def builds() -> list[Callable[..., None]]:
     """The operator on the library for this machine and on the one without special instructions."""
     if not cpp.load():
         pytest.skip("no C++ compiler: the reference is used")
-    names = dict.fromkeys((torch.backends.cpu.get_cpu_capability(), "DEFAULT"))
+    names = dict.fromkeys((cpp.capability(), "DEFAULT"))
     return [cpp.commit_with(ctypes.CDLL(str(cpp.build(name))).commit) for name in names]
 
 

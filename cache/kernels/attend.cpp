@@ -1,8 +1,9 @@
 // One new token per row against a row's stored tokens, on CPU. The operator: cache/kernels/__init__.py; the buffers: cache/split.py.
 //
 // What a query may see is a list of columns: a K row, a V row and their scales, wherever they lie. Masked columns never enter the list, so
-// no arithmetic knows a mask. The list of one kv head is cut into tasks of TASK columns: merged columns, and all exact ones (retained,
-// window, the new token). A task goes through a block of columns at a time (block.h), for the H / G query heads of its kv head together:
+// no arithmetic knows a mask. The list of one kv head is cut into tasks: up to TASKS of merged columns, TASK or more in each, and all exact
+// ones (retained, window, the new token). A task goes through a block of columns at a time (block.h), for the H / G query heads of its kv
+// head together:
 //     K rows -> scratch -> scores -> online softmax -> V rows -> the same scratch -> y += p V
 // and leaves (y, maximum, total) per head; the tasks of a kv head are then joined by log-sum-exp. Queries are rotated before the tasks,
 // sums of codes are rotated back when joined. Where tasks start depends on the row's own length alone, so a row's result depends neither on
@@ -11,7 +12,7 @@
 
 namespace {
 
-constexpr int TASK = 512;
+constexpr int TASK = 512, TASKS = 4;        // long ones are fetched ahead, short ones keep cores busy
 
 struct Args : State {       // filled by cache/kernels/cpp.py in this order, eight bytes each
     const char *q, *k, *v; const int64_t* length; const float* threshold; float* y;
@@ -208,9 +209,10 @@ extern "C" void attend(const Args* args) {
     for (int64_t b = 0; b < a.B; b++) {
         const int64_t length = a.length[b], end = std::clamp<int64_t>(length - a.W, 0, a.N), exact = a.R + a.W + 1;
         const int64_t start = a.sliding_window ? std::max<int64_t>(length - a.sliding_window + 1, 0) : 0;
+        const int64_t task = std::max<int64_t>((end - start + TASKS - 1) / TASKS, TASK);
         for (int64_t g = 0; g < a.G; g++) {
             first.push_back(tasks.size());
-            for (int64_t c = start; c < end; c += TASK) tasks.push_back({b, g, c, std::min(c + TASK, end), false});
+            for (int64_t c = start; c < end; c += task) tasks.push_back({b, g, c, std::min(c + task, end), false});
             for (int64_t c = 0; c < exact; c += TASK) tasks.push_back({b, g, c, std::min(c + TASK, exact), true});
         }
     }

@@ -175,8 +175,8 @@ struct Scratch {
         if (format.bits < 16) nibbles ? decode<true>(row, n, P, format) : decode<false>(row, n, P, format);
     }
 
-    static INLINE void fetch(const char* row, int64_t bytes) {         // the same column of the next block
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + BLOCK * bytes + b);
+    static INLINE void fetch(const char* row, int64_t bytes) {         // the same column of the next block; L1 waits for few lines at a time, L2 for many
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + BLOCK * bytes + b, 0, 2);
     }
 
     template <bool NIBBLES> INLINE void decode(const char* const* row, int n, int P, const Format& format) {

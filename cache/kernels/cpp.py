@@ -25,15 +25,24 @@ SOURCES = [Path(__file__).with_name(name) for name in ("attend.cpp", "commit.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}        # Type in block.h
 RETENTION = {"topk": 0, "intended": 1, "literal": 2}                    # Retention in commit.cpp
 COMPILER = "clang++" if sys.platform == "darwin" else "g++"             # torch.compile's own defaults
+AVX2 = ["-mavx2", "-mfma"]
+FLAGS = {"AVX2": AVX2, "AVX512": AVX2, "AVX512 VNNI": [*AVX2, "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"]}
+
+
+def capability() -> str:
+    """The instruction set as torch.backends.cpu.get_cpu_capability() names it, and whether AVX-512 comes with VNNI."""
+    name = torch.backends.cpu.get_cpu_capability()
+    known = getattr(torch.cpu, "get_capabilities", dict)()      # torch 2.11 has none
+    return f"{name} VNNI" if name == "AVX512" and known.get("avx512_vnni") else name
 
 
 def build(capability: str) -> Path:
-    """The shared library for an instruction set as torch.backends.cpu.get_cpu_capability() names it: AVX2 and up, or plain C++.
+    """The shared library for one of FLAGS, or plain C++.
 
     RuntimeError with the compiler's last words, OSError where there is no compiler or no place to write.
     """
     command = [*shlex.split(os.environ.get("CXX", COMPILER)), "-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared"]
-    command += ["-mavx2", "-mfma"] if capability.startswith("AVX") else []      # AVX-512 machines run the AVX2 code
+    command += FLAGS.get(capability, [])
     key = hashlib.sha256(repr((command, torch.__version__, [source.read_bytes() for source in SOURCES])).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicache-engine"
     target = folder / f"kernels-{key}.so"
@@ -91,7 +100,7 @@ def state(buffers: Sequence[Tensor]) -> list[int]:
 def load() -> bool:
     """Register the form for CPU tensors, once a process. False, with a warning on stderr, where it cannot be built."""
     try:
-        path = build(torch.backends.cpu.get_cpu_capability())
+        path = build(capability())
         built = ctypes.CDLL(str(path))
         library.impl("attend", attend_with(built.attend), "CPU")
         library.impl("commit", commit_with(built.commit), "CPU")

@@ -1,5 +1,5 @@
 // Vectors of eight 32-bit words: the compiler's own (GCC and clang); AVX2 is written out only where they fall short: products of bytes and
-// pairs, horizontal sums. An integer word may stand for two int16 (pairs) or four bytes.
+// pairs (one instruction each where there is VNNI), horizontal sums. An integer word may stand for two int16 (pairs) or four bytes.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,7 +26,9 @@ INLINE vf to_float(vf x) { return x; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf multiply_add(vf acc, vf a, vf b) { return acc + a * b; }
 INLINE vi multiply_add(vi acc, vi a, vi b) {        // pairs: acc + a.low * b.low + a.high * b.high
-#ifdef __AVX2__
+#if defined __AVX512VNNI__
+    return (vi)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+#elif defined __AVX2__
     return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
     return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
@@ -34,7 +36,9 @@ INLINE vi multiply_add(vi acc, vi a, vi b) {        // pairs: acc + a.low * b.lo
 }
 INLINE vf multiply_add_4(vf acc, vf q, vf k) { return acc + q * k; }
 INLINE vi multiply_add_4(vi acc, vi q, vi k) {      // bytes: the four products of signed q and unsigned k; two of them stay below 2^15
-#ifdef __AVX2__
+#if defined __AVX512VNNI__
+    return (vi)_mm256_dpbusd_epi32((__m256i)acc, (__m256i)k, (__m256i)q);
+#elif defined __AVX2__
     return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)k, (__m256i)q), _mm256_set1_epi16(1));
 #else
     for (int b = 0; b < 32; b += 8) acc += (q << (24 - b) >> 24) * (k >> b & 255);
