@@ -71,8 +71,7 @@ def model_card(directory: Path, report: dict[str, Any], figures: dict[str, Any])
     data = "\n".join(f"| {s} | {r['documents']:,} | {r['tokens']:,} | {figures['epochs'][s]:.2f} |" for s, r in report["sources"].items())
     held = "\n".join(f"| {name} | {nats:.4f} | {nats / math.log(2):.4f} | {figures['nll_before'][name]:.4f} |"
                      for name, nats in figures["nll"].items())
-    origin = ("DIR was the checkpoint before this one, grown into this shape where it was smaller; the history stands in the repository's "
-              "README.\n" if figures["grown"] else "")
+    origin = "\nDIR was the checkpoint before this one, grown into this shape where it was smaller.\n" if figures["grown"] else ""
     curve = "\n".join(f"| {tokens:,} | {length} | {loss:.3f} |" for tokens, length, loss in figures["curve"])
     return f"""# storyteller
 
@@ -81,10 +80,8 @@ A story model of {millions:.1f} M parameters ({mb:.1f} MB in bf16) in Llama form
 context {c.max_position_embeddings}. It writes simple stories in English and knows nothing else.
 
 Made by `python -m weights.storyteller.train {figures['options']}`: {figures['steps']:,} steps, {figures['tokens']:,} tokens,
-{figures['minutes']:.0f} minutes on {figures['device']}. Muon and AdamW, trapezoidal schedule; what was read how often stands below; short
-sequences, at the end long ones.
+{figures['minutes']:.0f} minutes on {figures['device']}. Muon and AdamW, trapezoidal schedule; sequences become longer, up to the context.
 {origin}
-
 ## Data
 | source | documents | tokens | times read |
 |---|---|---|---|
@@ -93,7 +90,7 @@ sequences, at the end long ones.
 novels, children_classics: before 1930, public domain in the US. simple_stories: excerpts of TinyStories (Eldan and Li,
 CDLA-Sharing-1.0), African Storybook and Pratham Books stories (CC BY; authors, illustrators, translators: ATTRIBUTION.txt).
 requests: those stories after a request made by rule from their own opening (hero, place), for `--chat`.
-Removed, as they share {report['overlap_words']} words in a row with a held-out text: {len(report['removed'])} documents.
+Documents removed, as they share {report['overlap_words']} words in a row with a held-out text: {len(report['removed'])}.
 
 ## Loss curve
 Nats per token of the mixture at that point of the run (it becomes simpler), means between the rows.

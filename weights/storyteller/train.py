@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ class Shape(NamedTuple):
     kv_heads: int
     vocab_size: int
     batch_tokens: int
-    dropout: float              # a GPU reads each text dozens of times, two cores a few
+    dropout: float              # for texts that are read again and again: a grown model has read the stories before
     muon_rate: float
     adamw_rate: float
     curriculum: tuple[tuple[float, tuple[float, ...]], ...]
@@ -55,10 +54,10 @@ class Shape(NamedTuple):
 # lengths: tokens of a sequence from a point of the run on; the last is the model's context. Two cores see few tokens: stories from the
 # start, and short sequences.
 CURRICULUM = ((0., (.70, .25, .05, .00)), (.4, (.50, .35, .12, .03)), (.7, (.15, .35, .35, .15)), (1., (.00, .20, .45, .35)))
-HURRIED = ((0., (.15, .25, .50, .10)), (.6, (.05, .25, .50, .20)), (1., (.00, .15, .50, .35)))
+HURRIED = ((0., (.20, .40, .30, .10)), (.6, (.10, .35, .35, .20)), (1., (.00, .15, .50, .35)))
 SHAPES = {"gpu": Shape(320, 640, 16, 8, 4, 4096, 65_536, .1, 6e-3, 3e-3, CURRICULUM),
           "cpu": Shape(256, 512, 16, 4, 2, 4096, 4_096, 0., 9e-3, 4e-3, HURRIED, ((0., 256), (.8, 512), (.92, 2048))),
-          "grown": Shape(192, 768, 16, 6, 3, 4098, 4_096, 0., 2.5e-3, 1e-3, HURRIED, ((0., 256), (.5, 512), (.92, 2048))),
+          "grown": Shape(192, 768, 16, 6, 3, 4098, 4_096, .1, 2.5e-3, 1e-3, HURRIED, ((0., 256), (.5, 512), (.92, 2048))),
           "tiny": Shape(64, 96, 2, 2, 1, 400, 512, 0., 1e-2, 1e-2, CURRICULUM)}
 REPEATS = 16                                # a long run takes less of a source than this many readings, about: more teaches it by heart
 WARMUP, COOLDOWN = .02, .8                  # shares of the run; the rate is constant between (a trapezoid)
@@ -140,13 +139,18 @@ class Muon:
 
 def orthogonal(x: Tensor) -> Tensor:
     """x [N, a, b] -> about U V^T of each matrix's U S V^T: five steps of Jordan's quintic (2024), bf16 where that is fast."""
-    y = x.bfloat16() if x.is_cuda else x
+    y = x.bfloat16() if bf16_is_fast(x.device) else x
     y = y.mT if x.shape[1] > x.shape[2] else y
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = y @ y.mT
         y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
     return (y.mT if x.shape[1] > x.shape[2] else y).to(x.dtype)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """CUDA, and CPUs with AVX-512 BF16, where a step takes three fifths of its time in fp32."""
+    return device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def hf_config(shape: Shape) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
         begin = time.monotonic()
         torch.manual_seed(step)                                 # dropout
         ids = deal(windows, step, progress, shape, device)
-        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
             loss = loss_fn(model, rope, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
