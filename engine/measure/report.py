@@ -27,6 +27,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {"processor": names[0] if names else platform.processor() or platform.machine(), "cpu_cores": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch_threads": torch.get_num_threads(), "gpu": gpu, "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             **{package: version(package) for package in ("triton", "transformers")}}
