@@ -29,7 +29,8 @@ class SplitGroup(LayerGroup):
     x_direction [m, B, G, N, D], or packed codes [m, B, G, N, D * bits / 8] uint8; x_magnitude [n, B, G, N];
     x_retained [n, B, G, R, D]; x_window [n, B, G, W, D] (ring);
     exact [B, G, N]: this merged column is masked; retained_pos, retained_score [B, G, R] (empty slot: -inf);
-    score_range [B, G, 2]: least and largest score so far; overflow [B, G]: tokens past the threshold that found no slot or lost it.
+    score_range [B, G, 2]: least and largest score so far; overflow [B, G]: tokens past the threshold of their time that found no slot
+    or lost it (the reference takes a prompt's pieces at their end).
     The codec's tables are registered here as well, so that the buffers in order are what the operators take.
     """
 
@@ -41,7 +42,7 @@ class SplitGroup(LayerGroup):
         self.max_seq_len, self.W, self.R = max_seq_len, min(config.window, max_seq_len), config.retained_slots(len(layers), max_seq_len)
         rule = RULES[config.merge]
         self.rule = FAST_RULES.index(rule) if rule in FAST_RULES else None
-        # decode steps commit by the operator where it can: one layer, or two by one of our rules, each kv head by itself
+        # the operator commits where it can: one layer, or two by one of our rules, each kv head by itself
         self.commits_fast = len(layers) == 1 or len(layers) == 2 and config.granularity == "head" and self.rule is not None
         self.merged = {"k": config.merge_k and len(layers) > 1, "v": config.merge_v and len(layers) > 1}
         n, B, G, D, N, R = len(layers), batch, n_kv_head, head_dim, max(max_seq_len - self.W, 1), self.R
@@ -161,8 +162,8 @@ class SplitGroup(LayerGroup):
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
-        if self.form != "reference" and self.commits_fast and k.shape[3] == 1 and rows is None:
-            return self.commit_fast(k, v, length, n_new)
+        if self.commits_fast and (self.form == "cpp" or self.form == "triton" and k.shape[3] == 1 and rows is None):
+            return self.commit_fast(k, v, length, n_new, rows)
         T, W, last = k.shape[3], self.W, self.k_magnitude.shape[3] - 1
         B, G = self.retained_pos.shape[:2]
         b = (torch.arange(B, device=k.device) if rows is None else rows)[:, None, None]
@@ -200,9 +201,10 @@ class SplitGroup(LayerGroup):
         if W:
             self.write_window(k, v, length, n_new, b, g)
 
-    def commit_fast(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor) -> None:
+    def commit_fast(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None) -> None:
         c = self.config
-        torch.ops.minicache.commit(k, v, length, n_new, *self._buffers.values(), self.rule or 0, c.coef, c.t, c.retention, c.gamma, c.sinks)
+        torch.ops.minicache.commit(k, v, length, n_new, rows, *self._buffers.values(), self.rule or 0, c.coef, c.t, c.retention, c.gamma,
+                                   c.sinks)
 
     def split(self, x: Tensor, merged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [n, B', G, T, D] fp32 -> direction [m, B', G, T, D], magnitude [n, B', G, T], distance [B', G, T] (None where not merged)."""

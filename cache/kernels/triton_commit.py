@@ -263,7 +263,9 @@ def commit_triton(*arguments: Tensor | int | float | str) -> None:
 def launch(*arguments: Tensor | int | float | str) -> tuple:
     """The operator's arguments -> (kernel, grid, arguments by name, options); nothing runs, as compiling ahead of time needs it."""
     *tensors, rule, coef, t, retention, gamma, sinks = arguments
-    named = dict(zip(commit.arg_names, tensors, strict=False))          # the kernel's tensors are the operator's, in its order
+    rows = tensors.pop(4)
+    assert rows is None and tensors[0].shape[3] == 1, "a step's tokens, see SplitGroup"
+    named = dict(zip(commit.arg_names, tensors, strict=False))          # the kernel's tensors are the operator's but rows, in its order
     named |= {name: named[name].contiguous() for name in ("k", "v", "length", "n_new")}
     (n, B, G, _, D), N, R, W = named["k"].shape, *(named[name].shape[3] for name in ("k_magnitude", "k_retained", "k_window"))
     named |= dict(N=N, R=R, sinks=sinks, gamma=gamma, G=G, W=W, D=D, MEMBERS=n, RULE=rule, PROJECTION=coef == "projection", T=t,
