@@ -21,7 +21,7 @@ from weights.names import tensor_slots
 from weights.storyteller import prepare as prepare_module
 from weights.storyteller import train as recipe
 from weights.storyteller.grow import grow
-from weights.storyteller.prepare import ASSISTANT, HELD_OUT, SOURCES, USER, prepare, read_documents, request_for
+from weights.storyteller.prepare import ASSISTANT, HELD_OUT, SOURCES, USER, names_of, prepare, read_documents, renamed, request_for
 from weights.storyteller.publish import export, samples
 
 SHAPE = recipe.SHAPES["tiny"]
@@ -48,6 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with lzma.open(root / f"{source}.txt.xz", "wt", encoding="utf-8") as file:
             file.write("\n<|endoftext|>\n<|endoftext|>\n".join(documents))
     prepare(root, root / "texts", root / "work" / "data", SHAPE.vocab_size)
+    (root / "work" / "storybooks_ccby_ATTRIBUTION.txt").write_text("written by many")
     return root / "work"
 
 
@@ -95,6 +96,17 @@ def test_a_request_names_the_story_s_own_hero_and_place() -> None:
     asked = {request_for(text, random.Random(seed)) for seed in range(40)}
     assert len(asked) > 8 and all("Rusty" in a and "in the forest" in a.lower() and "Anna" not in a for a in asked)
     assert request_for("It rained. The sun came out.", random.Random(0)) is None
+
+
+def test_renamed_heroes_stay_who_they_are() -> None:
+    """Guards a girl who becomes a boy, two heroes with one name, half a story under the old name, a short name parted from its long one."""
+    told = "a girl named Lily, a girl named Mia, a girl called Anna, a boy named Tom, a boy named Ben, a boy called Sam, a boy named Will"
+    names = names_of([told, "He will come."])
+    assert set(names["girl"]) == {"Lily", "Mia", "Anna"} and set(names["boy"]) == {"Tom", "Ben", "Sam"}
+    found = {renamed("Lily saw Tom. \"Lily's kite!\" said Tom to Rex.", names, random.Random(seed)) for seed in range(40)}
+    assert found == {f"{girl} saw {boy}. \"{girl}'s kite!\" said {boy} to Rex." for girl in ("Mia", "Anna") for boy in ("Ben", "Sam")}
+    short = "Tom met Tommy and Lily."
+    assert renamed(short, names, random.Random(0)) == short
 
 
 def test_windows_deal_each_piece_once_an_epoch(work: Path) -> None:
@@ -163,12 +175,12 @@ def test_a_resumed_run_ends_with_the_same_weights(work: Path, trained: tuple) ->
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "give --minutes or --steps"), (["--steps", "20", "--resume"], "resume.pt is of the shape"),
-    (["--evaluate", "nowhere"], "nowhere")])
+    (["--evaluate", "nowhere"], "nowhere"), (["--steps", "20", "--data", "nowhere"], "ATTRIBUTION.txt")])
 def test_a_mistake_is_one_line_and_status_2(work: Path, trained: tuple, arguments: list, message: str, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(recipe.SHAPES, "gpu", SHAPE._replace(dim=128))
     with pytest.raises(SystemExit) as caught:
-        recipe.main([*arguments, "--work", str(work), "--data", str(work), "--held-out", str(work)])
+        recipe.main(["--work", str(work), "--data", str(work), "--held-out", str(work), *arguments])
     assert caught.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 

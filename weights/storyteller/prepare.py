@@ -20,6 +20,7 @@ import sentencepiece
 SOURCES = ("novels", "children_classics", "simple_stories", "requests")
 HELD_OUT = ("tinystories_valid", "alice", "time_machine", "northanger_abbey", "wikitext2_test")
 OVERLAP = 30            # a training document that shares so many words in a row with a held-out text is removed
+COPIES = 4              # of each simple story, all but the first with other names
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 PLACES = ("park", "forest", "garden", "beach", "castle", "school", "zoo", "house", "sea", "town", "village", "farm", "kitchen", "woods",
           "lake", "river", "store", "mountain", "jungle", "playground", "yard", "field", "city", "ocean", "cave", "desert", "barn", "shop")
@@ -74,6 +75,30 @@ def request_for(story: str, rng: random.Random) -> str | None:
     where = f"{'in' if place[1] == 'to' else place[1]} the {place[3]}" if place else ""
     text = re.sub(r" (?=[.,?]|$)|, $", "", rng.choice(REQUESTS if place else REQUESTS[:3]).format(hero=hero, place=where))
     return text[0].upper() + text[1:] if rng.random() < .7 else text
+
+
+def names_of(stories: list[str]) -> dict[str, Counter[str]]:
+    """Names that stories give to girls and to boys, and how often; without those that are words more often (Rose)."""
+    text = "\n".join(stories)
+    words = Counter(re.findall(r"\b[a-z]+\b", text))
+    girls, boys = (Counter(re.findall(rf"\b{kind} (?:named|called) ([A-Z][a-z]+)\b", text)) for kind in ("girl", "boy"))
+    return {kind: Counter({name: n for name, n in mine.items() if n > max(others[name], words[name.lower()])})
+            for kind, mine, others in (("girl", girls, boys), ("boy", boys, girls))}
+
+
+def renamed(story: str, names: dict[str, Counter[str]], rng: random.Random) -> str:
+    """The story with other names for its girls and boys: who is meant has to be read, and cannot be known by heart.
+
+    As it is where one name may be short for another (Tim, Timmy)."""
+    present, other = set(re.findall(r"\b[A-Z][a-z]+\b", story)), {}
+    for kind in names.values():
+        for name in sorted(present & kind.keys()):
+            if any(n != name and n.startswith(name[:3]) for n in present):
+                return story
+            pool = [n for n in kind if n not in present and n not in other.values()]
+            if pool:
+                other[name] = rng.choices(pool, [kind[n] ** .5 for n in pool])[0]
+    return re.sub(r"\b[A-Z][a-z]+\b", lambda word: other.get(word[0], word[0]), story)
 
 
 def train_tokenizer(texts: dict[str, list[str]], vocab_size: int) -> bytes:
@@ -131,6 +156,8 @@ def prepare(data: Path, held_out: Path, target: Path, vocab_size: int, tokenizer
     (target / "tokenizer.model").write_bytes(model)
     sp, rng = sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model")), random.Random(0)
     bos, eos, user, assistant = sp.bos_id(), sp.eos_id(), sp.piece_to_id(USER), sp.piece_to_id(ASSISTANT)
+    names = names_of(texts["simple_stories"])
+    texts["simple_stories"] += [renamed(story, names, rng) for _ in range(COPIES - 1) for story in texts["simple_stories"]]
     encoded: dict[str, list[list[int]]] = {s: [[bos, *ids, eos] for ids in sp.encode(texts[s], num_threads=2)] for s in texts}
     asked = [(request, story) for story in texts["simple_stories"] if (request := request_for(story, rng))]
     encoded["requests"] = [[*([bos] if rng.random() < .75 else []), user, *sp.encode(request), assistant, *sp.encode(story), eos]
@@ -150,6 +177,7 @@ class Windows:
 
     def __init__(self, data: Path) -> None:
         self.ids = [np.load(data / f"{source}.npy", mmap_mode="r") for source in SOURCES]
+        self.copies = [COPIES if source in ("simple_stories", "requests") else 1 for source in SOURCES]
         self.drawn: dict[tuple[int, int], int] = {}         # (source, T) -> windows
         self.order: dict[tuple[int, int], tuple[int, int, np.ndarray]] = {}
 

@@ -18,7 +18,7 @@ from model import Transformer
 from tokenizer import ChatTemplate, load_tokenizer, sampling_settings
 from weights import load_model
 from weights.names import tensor_slots
-from weights.storyteller.prepare import ASSISTANT, USER
+from weights.storyteller.prepare import ASSISTANT, COPIES, USER
 
 EVAL_CHARACTERS, EVAL_CONTEXT = 150_000, 512        # of each held-out text; 512 tokens: all that the first checkpoint had
 # The space stands for the dummy prefix that requests and stories were tokenized with; "legacy": false keeps a second one away.
@@ -71,7 +71,7 @@ def model_card(directory: Path, report: dict[str, Any], figures: dict[str, Any])
     data = "\n".join(f"| {s} | {r['documents']:,} | {r['tokens']:,} | {figures['epochs'][s]:.2f} |" for s, r in report["sources"].items())
     held = "\n".join(f"| {name} | {nats:.4f} | {nats / math.log(2):.4f} | {figures['nll_before'][name]:.4f} |"
                      for name, nats in figures["nll"].items())
-    origin = "\nDIR was the checkpoint before this one, grown into this shape where it was smaller.\n" if figures["grown"] else ""
+    origin = "\nDIR: the checkpoint before this one.\n" if figures["grown"] else ""
     curve = "\n".join(f"| {tokens:,} | {length} | {loss:.3f} |" for tokens, length, loss in figures["curve"])
     return f"""# storyteller
 
@@ -89,7 +89,8 @@ Made by `python -m weights.storyteller.train {figures['options']}`: {figures['st
 
 novels, children_classics: before 1930, public domain in the US. simple_stories: excerpts of TinyStories (Eldan and Li,
 CDLA-Sharing-1.0), African Storybook and Pratham Books stories (CC BY; authors, illustrators, translators: ATTRIBUTION.txt).
-requests: those stories after a request made by rule from their own opening (hero, place), for `--chat`.
+requests: those stories after a request made by rule from their own opening (hero, place), for `--chat`. Both hold each story
+{COPIES} times, all but the first with other names for its girls and boys; "times read" counts any of them.
 Documents removed, as they share {report['overlap_words']} words in a row with a held-out text: {len(report['removed'])}.
 
 ## Loss curve

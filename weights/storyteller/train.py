@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,10 +68,10 @@ def deal(windows: Windows, step: int, progress: float, shape: Shape, device: tor
     n_tokens, curriculum = shape.batch_tokens, shape.curriculum
     T = min([length for start, length in shape.lengths if progress >= start][-1], n_tokens)
     total, shares = step * n_tokens / progress if progress else 0., []      # of the whole run, as far as this point tells
-    for i, ids in enumerate(windows.ids):
+    for i, (ids, copies) in enumerate(zip(windows.ids, windows.copies, strict=True)):
         planned = total * sum((b - a) * (x[i] + y[i]) / 2 for (a, x), (b, y) in zip(curriculum, curriculum[1:], strict=False))
         share = np.interp(progress, [at for at, _ in curriculum], [s[i] for _, s in curriculum])
-        shares.append(share * min(1., REPEATS * len(ids) / max(planned, 1.)))
+        shares.append(share * min(1., REPEATS * len(ids) / copies / max(planned, 1.)))
     chosen = np.random.default_rng((7, step)).choice(len(SOURCES), n_tokens // T, p=np.array(shares) / sum(shares))
     return torch.from_numpy(np.stack([windows.next(int(source), T) for source in chosen])).to(device)
 
@@ -236,7 +235,7 @@ def train(work: Path, shape: Shape, *, minutes: float | None = None, steps: int 
     read = {source: sum(n * T for (s, T), n in windows.drawn.items() if s == i) for i, source in enumerate(SOURCES)}
     return model.eval(), {"steps": step, "tokens": step * n_tokens, "minutes": (before + time.monotonic() - started) / 60, "curve": curve,
                           "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-                          "epochs": {source: read[source] / len(ids) for source, ids in zip(SOURCES, windows.ids, strict=True)}}
+                          "epochs": {s: read[s] * n / len(ids) for s, ids, n in zip(SOURCES, windows.ids, windows.copies, strict=True)}}
 
 
 @torch.inference_mode()
@@ -268,8 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--grow", type=Path, metavar="DIR",
                         help="start from this smaller checkpoint: its weights, its tokenizer and two chat tokens")
     parser.add_argument("--resume", action="store_true", help="go on from WORK/resume.pt (written every 5 minutes), same budget")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/train"), help="<source>.txt.xz (default: %(default)s)")
-    parser.add_argument("--held-out", type=Path, default=Path("../shared/data/text"), help="<name>.txt (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/train"), help="<source>.txt.xz, attribution (default: %(default)s)")
+    parser.add_argument("--held-out", type=Path, default=Path("data/text"), help="<name>.txt (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/storyteller"), help="what is made (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.evaluate is None and not (args.minutes or 0) > 0 and not (args.steps or 0) > 0:
@@ -283,10 +282,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare, train, export, evaluate, write the card -> figures."""
     shape, target = SHAPES[args.shape], args.work / "checkpoint"
+    attribution = (args.data / "storybooks_ccby_ATTRIBUTION.txt").read_bytes()      # missing, it stops the run here
     report = prepare(args.data, args.held_out, args.work / "data", shape.vocab_size, args.grow and args.grow / "tokenizer.model")
     model, figures = train(args.work, shape, minutes=args.minutes, steps=args.steps, resume=args.resume, grow_from=args.grow)
     export(model, hf_config(shape), args.work / "data", target)
-    shutil.copyfile(args.data / "storybooks_ccby_ATTRIBUTION.txt", target / "ATTRIBUTION.txt")
+    (target / "ATTRIBUTION.txt").write_bytes(attribution)
     figures |= {"nll": evaluate(target, args.held_out), "nll_before": evaluate(EMBEDDED, args.held_out), "checkpoint": str(target),
                 "grown": bool(args.grow),
                 "options": f"--shape {args.shape}{' --grow DIR' if args.grow else ''} "
