@@ -1,4 +1,4 @@
-"""Writes NARROW and DEEP, the random Llama checkpoints on which README measures long contexts (needs transformers)."""
+"""Writes NARROW and DEEP, the random Llama checkpoints on which docs/speed.md measures long contexts (needs transformers)."""
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
