@@ -70,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="random weights in a named shape, e.g. llama-2-7b, instead of a checkpoint")
     add("--layers", metavar="N", type=int, help="with --model: only so many layers, for a shape that fits here")
     add("--batch-sizes", metavar="B,B", help="rows that run together (default: 1,8,32)")
-    add("--fill-memory", metavar="GB", type=float, help="instead: for each cache as many rows as fit beside the weights in GB (1e9 bytes)")
+    add("--fill-memory", metavar="GB", type=float, help="instead: for each cache as many rows as fit beside the weights in GB (1e9 bytes, "
+        "on a CPU estimated)")
     add("--prompt-tokens", metavar="N", type=int, help="tokens of a prompt (default: 161), with --trace the most")
     add("--new-tokens", metavar="N", type=int, help="new tokens of a row (default: 338), with --trace the most")
     add("--trace", metavar="FILE", help="CSV of real lengths (ContextTokens, GeneratedTokens); rows that finish take the next request")

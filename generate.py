@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if args.compare_full:
         check_room_for_full(engine)
     # 3. the work
+    if engine.compile:
+        remark("compiling the decode step: half a minute, less from the second run on")
     if args.chat:
         loop.run()
         return 0
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         print(results[0].prompt, end="", flush=True)
         stats = generate(engine, results, params, show=stream(tokenizer, continues=True))
         print(flush=True)
+        if results[0].finish_reason in ("length", "capacity"):
+            remark(f"cut after {len(results[0].tokens)} tokens, see --max-new-tokens and --max-seq-len")
     report = figures(engine, stats) | ({"alignment": alignment.source} if alignment else {})
     if args.compare_full:
         report |= compare_to_full(engine, [r.prompt_ids for r in results], [r.tokens for r in results])
@@ -128,6 +132,12 @@ def run(args: argparse.Namespace) -> int:
     if args.stats or args.compare_full:
         print_stats(engine, results, report)
     return 130 if any(r.finish_reason == "interrupted" for r in results) else 0
+
+
+def remark(text: str) -> None:
+    """For a person at a terminal, in brackets; a pipe gets results and errors alone."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -44,8 +44,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"cache setting {name}={getattr(self, name)} does not exist; choose one of: "
-                                 f"{', '.join(map(str, choices))}")
+                raise ValueError(f"cache setting {name} is {getattr(self, name)}; choose one of: {', '.join(map(str, choices))}")
         for name, (least, most) in RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"cache setting {name}={getattr(self, name)} is outside {least} .. {most}; choose a value inside")

@@ -76,6 +76,14 @@ def test_text_is_the_prompt_and_the_json_text(run_json, capsys):
     assert {"prompt_tokens", "new_tokens", "rows"} | WHOLE_KEYS == {line.split()[0] for line in err.splitlines()}
 
 
+def test_a_person_is_told_that_a_text_was_cut(capsys, monkeypatch):
+    """Guards a story that stops in mid-sentence without a word, and a pipe that gets that word."""
+    for terminal, expected in ((False, ""), (True, "[cut after 5 tokens, see --max-new-tokens and --max-seq-len]\n")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert generate.main(["--max-new-tokens", "5", "--temperature", "0"]) == 0
+        assert capsys.readouterr().err == expected
+
+
 def test_rows_of_a_file_equal_the_prompts_alone(run_json, tmp_path):
     """Guards padding, queueing and order: 10 prompts of different lengths on 8 rows, blank lines, a BOM and \\r\\n in the file."""
     prompts = ["Once upon a time", "The", "Tom and his dog\x0c ran", *(f"Lily had {n} red balls and she" + " ran" * n for n in range(7))]

@@ -37,7 +37,7 @@ def layer_states(model: Transformer, windows: Sequence[Sequence[int]]) -> Iterat
     pos = torch.arange(T, device=device)[None]
     cos_sin, hidden = Rope(model.config, T).to(device)(pos), [model.embed(torch.tensor([w], device=device)) for w in windows]
     for layer, block in enumerate(model.layers):
-        progress(f"layer {layer} of {len(model.layers)}")
+        progress(f"layer {layer + 1} of {len(model.layers)}")
         caches = [RecordingLayer(model.config.sliding_window) for _ in hidden]
         hidden = [model.run_layers(x, [layer], [c], cos_sin, pos, pos >= 0) for x, c in zip(hidden, caches, strict=True)]
         wo = block.attention.wo.weight.float().unflatten(1, (-1, D))

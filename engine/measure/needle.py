@@ -185,7 +185,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str, *, title: str) -> None:
     names = list(dict.fromkeys(row["cache"] for row in rows))
     n_columns = min(len(names), 4)
     figure, grid = new_figure(-(-len(names) // n_columns), n_columns, width=3.6, height=3.4)
-    figure.suptitle(f"The answer's NLL by the needle's depth (dotted: without the needle): {title}")
+    figure.suptitle(f"The answer's NLL by the needle's depth (dotted: without the needle)\n{title}")
     panels = [ax for row in grid for ax in row]
     for ax in panels[len(names):]:
         ax.set_visible(False)

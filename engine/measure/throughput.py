@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.out, payload)
         payload["interrupted"] = False
     except KeyboardInterrupt:
-        pass
+        progress("interrupted: the table holds what was measured until here")
     # 4. the report
     measured = [row for row in rows if "error" not in row]
     if rows and not measured:
@@ -201,6 +201,8 @@ def read_trace(path: str, n: int) -> list[tuple[int, int]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(islice(csv.DictReader(file), n))
         prompt, new = ([int(row[column]) for row in rows] for column in TRACE_COLUMNS)
+    except OSError as error:
+        raise ValueError(f"--trace {path} cannot be read ({error.strerror}); give a CSV with {needed}") from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"--trace {path} is not a CSV of whole numbers under {needed} ({error}); give one with these columns") from None
     if len(rows) < n:
@@ -219,7 +221,8 @@ def name_of(cell: Cell) -> str:
 def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
     """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32: down in growing steps, as the card is nearly right,
     then halving between what ran and what did not. An error that says nothing of memory ends the search."""
-    best, low, high, size = (cell, {"error": "not one row fits"}), 0, cell.batch + 1, cell.batch
+    nothing = {"error": "0 rows fit beside the weights and a prefill's scratch; raise --fill-memory"}
+    best, low, high, size = (cell, nothing), 0, cell.batch + 1, cell.batch
     down = grain = max(1, cell.batch // 32)
     while high - low > grain:
         trial = replace(cell, batch=size, lengths=load.requests(size))
