@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         check_room_for_full(engine)
     # 3. the work
     if engine.compile:
-        remark("compiling the decode step: half a minute, less from the second run on")
+        remark("compiling the decode step; a later run finds most of it done")
     if args.chat:
         loop.run()
         return 0
@@ -136,8 +136,9 @@ def run(args: argparse.Namespace) -> int:
 
 def remark(text: str) -> None:
     """For a person at a terminal, in brackets; a pipe gets results and errors alone."""
+    from tokenizer.chat_loop import notice
     if sys.stderr and sys.stderr.isatty():
-        print(f"[{text}]", file=sys.stderr, flush=True)
+        notice(text)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

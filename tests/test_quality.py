@@ -86,11 +86,11 @@ def test_command_prints_a_sorted_table_and_writes_what_it_says(text: str, tmp_pa
     """Guards the whole path from the command line to table, JSON and plot, rivals and retained tokens included."""
     pytest.importorskip("matplotlib", reason="--plot is an extra")
     out, plot = tmp_path / "q.json", tmp_path / "q.png"
-    caches = ["quant,bits=2", "minicache,preset=paper,merge_k=0", "rtn,bits=4", "kivi,bits=2,group=8,residual=8"]
+    caches = ["quant,bits=2", "minicache,preset=paper,window=2", "rtn,bits=4", "kivi,bits=2,group=8,residual=8"]
     assert bench.main(["quality", "--text", text, *ARGS, "--cache", *caches, "--out", str(out), "--plot", str(plot)]) == 0
     printed, data = capsys.readouterr().out, json.loads(out.read_text())
     assert [row["cache"] for row in data["rows"]] == [
-        "full", "minicache,preset=paper,merge_k=0", "minicache,preset=paper,merge_k=0 (aligned)", "quant,bits=2",
+        "full", "minicache,preset=paper,window=2", "minicache,preset=paper,window=2 (aligned)", "quant,bits=2",
         "kivi,bits=2,group=8,residual=8 (simulated)", "rtn,bits=4 (simulated)"]
     assert [row["kv_bytes"] for row in data["rows"]] == sorted((row["kv_bytes"] for row in data["rows"]), reverse=True)
     assert all(row["cache"] in printed and row["windows"] == 3 for row in data["rows"])

@@ -20,7 +20,7 @@ import sentencepiece
 SOURCES = ("novels", "children_classics", "simple_stories", "requests")
 HELD_OUT = ("tinystories_valid", "alice", "time_machine", "northanger_abbey", "wikitext2_test")
 OVERLAP = 30            # a training document that shares so many words in a row with a held-out text is removed
-COPIES = 4              # of each simple story, all but the first with other names
+STORIES, COPIES = SOURCES[2:], 4        # each simple story so many times, all but the first with other names
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 PLACES = ("park", "forest", "garden", "beach", "castle", "school", "zoo", "house", "sea", "town", "village", "farm", "kitchen", "woods",
           "lake", "river", "store", "mountain", "jungle", "playground", "yard", "field", "city", "ocean", "cave", "desert", "barn", "shop")
@@ -163,7 +163,7 @@ def prepare(data: Path, held_out: Path, target: Path, vocab_size: int, tokenizer
     encoded["requests"] = [[*([bos] if rng.random() < .75 else []), user, *sp.encode(request), assistant, *sp.encode(story), eos]
                            for request, story in asked]        # one in four goes on as the next turn of the conversation before it
     for source in SOURCES:
-        if source in ("simple_stories", "requests"):
+        if source in STORIES:
             random.Random(1).shuffle(encoded[source])
         ids = np.fromiter((i for document in encoded[source] for i in document), np.uint16)
         np.save(target / f"{source}.npy", ids)
@@ -177,7 +177,7 @@ class Windows:
 
     def __init__(self, data: Path) -> None:
         self.ids = [np.load(data / f"{source}.npy", mmap_mode="r") for source in SOURCES]
-        self.copies = [COPIES if source in ("simple_stories", "requests") else 1 for source in SOURCES]
+        self.copies = [COPIES if source in STORIES else 1 for source in SOURCES]
         self.drawn: dict[tuple[int, int], int] = {}         # (source, T) -> windows
         self.order: dict[tuple[int, int], tuple[int, int, np.ndarray]] = {}
 
