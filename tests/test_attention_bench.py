@@ -22,6 +22,7 @@ SHAPE = dict(n_kv_head=2, head_dim=16, batch=3, max_seq_len=100, dtype=torch.bfl
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds, a small buffer between them, a made-up bandwidth."""
     monkeypatch.setattr(attention, "ROUNDS", 2)
+    monkeypatch.setattr(attention, "SETTLE", .001)
     monkeypatch.setattr(attention, "COLD_BYTES", 1 << 16)
     monkeypatch.setattr(attention, "measure_rates", lambda device, dtype: {"read_bytes_per_s": 1e10, "matmul_flop_per_s": 1e11})
 
@@ -50,14 +51,25 @@ def test_every_side_has_its_figures(run_out, capsys) -> None:
     assert not any("speedup_over_sdpa" in row for row in commits), "storing is not attention"
     best = min(row["median_ms"] for row in rows[:2])
     for row in rows:
-        assert all(math.isfinite(value) and value > 0 for value in row.values() if not isinstance(value, str))
+        assert all(math.isfinite(value) and value > 0 for value in row.values() if not isinstance(value, str | None))
         assert row["gb_per_s"] == pytest.approx(row["bytes_read"] / row["median_ms"] / 1e6)
         assert row["share_of_bandwidth"] == pytest.approx(row["gb_per_s"] / 10)
         assert row["speedup_over_sdpa"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"])
         assert row["speedup_over_best_sdpa"] == pytest.approx(best / row["median_ms"])
-        assert row["filled_tokens"] == 99
+        assert row["filled_tokens"] == 99 and row["capacity"] == (None if row in rows[:2] else 100)
     assert result["settings"]["dtype"] == "bfloat16" and result["machine"]["torch_threads"] >= 1
     assert len(capsys.readouterr().out.splitlines()) == 3 + 1 + len(result["rows"])
+
+
+def test_sides_take_turns_forth_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the comparison: a side that always followed the slow one would pay for it; and a turn that keeps a first call's time."""
+    calls: list[str] = []
+    monkeypatch.setattr(attention, "SETTLE", 0)
+    attention.median_seconds([lambda name=name: calls.append(name) for name in "abc"], torch.device("cpu"))
+    assert "".join(calls) == "abc" + "cba" + "abc"
+    slow = iter([.02] + [0.] * 1000)
+    monkeypatch.setattr(attention, "SETTLE", .03)
+    assert attention.turn(lambda: attention.time.sleep(next(slow)), torch.ones(1)) < .02
 
 
 @pytest.mark.parametrize("spec, group", [("minicache,pairs=6-9:7-8", 2), ("minicache,pairs=0-3-5", 3), ("minicache,group=4", 4),
@@ -84,11 +96,24 @@ def test_every_bf16_form_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_bytes_by_hand(run_out) -> None:
     """Guards the charge: 60 of 100 tokens, 8 in the window, 10 slots that each mask one of 52 columns; 3 rows of 2 heads of 16."""
     rows = run_out("--filled", "60", "--cache", "full", "minicache,bits=4,window=8,retain=0.1")["rows"]
+    rows = [row for row in rows if row["capacity"] in (None, 100)]
     column = 2 * 8 + 2 * 2          # codes of K and V, two fp16 magnitudes
     exact = 2 * 16 * 2              # bf16 K and V
     head = (52 - 10) * column + 52 + 10 * (4 + 4) + (10 + 8) * exact        # flags; position and score of a slot
     assert {row["bytes_read"] for row in rows if row["bytes_read"] and row["cache"].startswith("minicache")} == {3 * 2 * head}
     assert {row["bytes_read"] for row in rows if row["bytes_read"] and not row["cache"].startswith("minicache")} == {3 * 2 * 60 * exact}
+
+
+def test_a_cache_far_from_full_has_a_full_one_beside_it(run_out) -> None:
+    """Guards the answer to 'does time follow the tokens or the capacity?': the same tokens and bytes in both, neighbours in the run."""
+    specs = ["full", "quant,bits=4", "minicache,attend_form=reference"]
+    rows = [row for row in run_out("--filled", "60", "--cache", *specs)["rows"] if row["bytes_read"]][2:]
+    assert {row["filled_tokens"] for row in rows} == {60}
+    for spec in specs:
+        large, tight = [row for row in rows if row["cache"] == spec][-2:]
+        assert (large["capacity"], tight["capacity"], large["form"]) == (100, 61, tight["form"])
+        assert spec.startswith("mini") or large["bytes_read"] == tight["bytes_read"], "a merged cache's retained share is of the capacity"
+    assert rows.index(tight) == len(rows) - 1
 
 
 @pytest.mark.parametrize("spec", ["full", "quant,k_bits=3,v_bits=8,sinks=0", "minicache,retain=0,sinks=0", "quant,window=99,sinks=0"])

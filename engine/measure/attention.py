@@ -2,6 +2,7 @@
 has rows of its own (commit): once a step for all layers of the group.
 
 Contract: all sides take turns in one run, each call on cold caches, as in a decode step where other layers and the weights pass in between.
+The last call of a turn counts: after a side that slept, or kept one core busy, a CPU's first calls take up to twice as long.
 Bytes are what must be read of the filled part, whatever a form touches. A merged SPEC is one merged group; its unmerged layers are another.
 Trap: with enable_gqa SDPA can be ten times slower than with the heads of a kv head as its queries: judge by the better of the two.
 """
@@ -30,10 +31,12 @@ from weights import available_bytes
 CACHES, PIECE = ["full", "quant,bits=4", "minicache,bits=4"], 512      # PIECE: tokens a commit
 COLD_BYTES = 1 << 28        # read before each call: more than the last cache of most CPUs and of any GPU
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-ROUNDS, SECONDS = 25, 10    # calls of each side at most, after one that warms up; and the time after which three are enough
-COLUMNS = {"cache": ("cache", ""), "form": ("form", ""), "filled_tokens": ("filled", ","), "median_ms": ("ms", ".3f"),
-           "bytes_read": ("bytes read", ","), "gb_per_s": ("GB/s", ".2f"), "share_of_bandwidth": ("of bandwidth", ".0%"),
-           "speedup_over_sdpa": ("x enable_gqa", ".2f"), "speedup_over_best_sdpa": ("x best SDPA", ".2f")}
+ROUNDS, SECONDS = 25, 20    # turns of each side at most, after one that warms up; and the time after which three are enough
+SETTLE = .1                 # seconds of a turn, unless one call takes longer
+COLUMNS = {"cache": ("cache", ""), "form": ("form", ""), "capacity": ("capacity", ","), "filled_tokens": ("filled", ","),
+           "median_ms": ("ms", ".3f"), "bytes_read": ("bytes read", ","), "gb_per_s": ("GB/s", ".2f"),
+           "share_of_bandwidth": ("of bandwidth", ".0%"), "speedup_over_sdpa": ("x enable_gqa", ".2f"),
+           "speedup_over_best_sdpa": ("x best SDPA", ".2f")}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,15 +53,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--heads {H} is not a multiple of --kv-heads {G}; every kv head serves the same number of heads")
     if not 1 <= filled < S:
         raise ValueError(f"--filled is {filled}; give 1 to {S - 1}, which leaves room for the new token in --seq {S}")
-    specs, shape = list(dict.fromkeys(args.cache or CACHES)), dict(n_kv_head=G, head_dim=D, batch=B, max_seq_len=S, dtype=dtype)
+    specs, shape = list(dict.fromkeys(args.cache or CACHES)), dict(n_kv_head=G, head_dim=D, batch=B, dtype=dtype)
     configs = [one_group(CacheConfig.parse(spec)) for spec in specs]
-    plans = [(c, dict(n_layer=c.group if c.kind == "minicache" else 1, **shape)) for c in configs]
+    # a cache that is far from full has one that is full beside it: does time follow the tokens or the capacity?
+    plans = [(spec, c, dict(n_layer=c.group if c.kind == "minicache" else 1, max_seq_len=capacity, **shape))
+             for spec, c in zip(specs, configs, strict=True) for capacity in dict.fromkeys((S, filled + 1))]
     # bf16 K and V are 4 bytes; a reference form that decodes both in fp32 holds about five times that for a moment
-    need, room = COLD_BYTES + 24 * B * G * S * D + sum(sum(cache_bytes(c, **plan).values()) for c, plan in plans), available_bytes(device)
+    need = COLD_BYTES + 24 * B * G * S * D + sum(sum(cache_bytes(c, **plan).values()) for _, c, plan in plans)
+    room = available_bytes(device)
     if room is not None and need > room:
         raise ValueError(f"the caches and their scratch need about {need:,} bytes, {device} has {room:,}; lower --batch or --seq")
     # 2. the sides
-    groups = [build_cache(c, **plan, device=device).groups[0] for c, plan in plans]
+    caches = [(spec, c, plan["max_seq_len"], build_cache(c, **plan, device=device).groups[0]) for spec, c, plan in plans]
     rates, generator = measure_rates(device, dtype), torch.Generator(device).manual_seed(0)
     k16, v16 = (torch.randn(B, G, filled, D, generator=generator, device=device).bfloat16() for _ in "kv")
     q = torch.randn(B, H, 1, D, generator=generator, device=device).to(dtype)
@@ -69,16 +75,16 @@ def run(args: argparse.Namespace) -> int:
         progress(f"storing {n:,} tokens in {len(specs)} caches, then timing")
         length, full = torch.full((B,), n, device=device), [x[:, :, :n] for x in (k16, v16)]
         rivals = bf16_forms(q.bfloat16(), *full, by_name=device.type == "cuda")
-        labels = [{"cache": "bf16 K and V", "form": form, "bytes_read": sum(x.nbytes for x in full)} for form in rivals]
+        labels = [{"cache": "bf16 K and V", "form": form, "capacity": None, "bytes_read": sum(x.nbytes for x in full)} for form in rivals]
         sides = list(rivals.values())
-        for spec, config, group in zip(specs, configs, groups, strict=True):
+        for spec, config, capacity, group in caches:
             fill(group, stored, n, like=k, generator=generator)
-            for form in forms_of(group, config):
-                labels.append({"cache": spec, "form": form, "bytes_read": bytes_read(group, n)})
+            for form in forms_of(group, config) if capacity == S else [group.form]:
+                labels.append({"cache": spec, "form": form, "capacity": capacity, "bytes_read": bytes_read(group, n)})
                 sides.append(attend_call(group, form, q, k, v, length))
-        for spec, config, group in zip(specs, configs, groups, strict=True):
-            for form in forms_of(group, config) if group.commits_fast else ["reference"]:
-                labels.append({"cache": spec, "form": f"commit, {form}", "bytes_read": None})
+        for spec, config, capacity, group in caches:
+            for form in () if capacity < S else forms_of(group, config) if group.commits_fast else ["reference"]:
+                labels.append({"cache": spec, "form": f"commit, {form}", "capacity": capacity, "bytes_read": None})
                 sides.append(commit_call(group, form, k, v, length))
         stored = n
         with torch.cuda.device_of(q):       # a no-op for a CPU tensor
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.out, {"subject": "attention", "machine": machine(device), "rates": rates, "rows": rows,
                           "settings": vars(args) | {"cache": specs, "filled": filled, "device": str(device)}})
     if args.plot:
-        plot(rows, args.plot)
+        plot([row for row in rows if row["capacity"] in (None, S)], args.plot)
     return 0
 
 
@@ -179,7 +185,8 @@ def commit_call(group: LayerGroup, form: str, k: Tensor, v: Tensor, length: Tens
 
 
 def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Every side's median, one call of each a round. On CUDA a call is a CUDA graph, as in a decode step, timed by events."""
+    """Every side's median, one turn of each a round, every other round backwards, so that neighbours follow each other alike. On CUDA a
+    call is a CUDA graph, as in a decode step, timed by events."""
     cuda, cold, seconds, calls = device.type == "cuda", torch.ones(COLD_BYTES // 4, device=device), [[] for _ in sides], list(sides)
     pool = torch.cuda.graph_pool_handle() if cuda else None     # graphs that run one at a time share their scratch
     for i, side in enumerate(sides if cuda else ()):
@@ -190,16 +197,25 @@ def median_seconds(sides: Sequence[Callable[[], object]], device: torch.device) 
         calls[i] = graph.replay
     begin = time.perf_counter()
     while len(seconds[0]) <= ROUNDS and (len(seconds[0]) <= 3 or time.perf_counter() - begin < SECONDS):
-        for call, taken in zip(calls, seconds, strict=True):
-            cold.sum()
-            first, last = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
-            start = first.record() if cuda else time.perf_counter()
-            call()
-            if cuda:
-                last.record()
-                last.synchronize()
-            taken.append(first.elapsed_time(last) / 1e3 if cuda else time.perf_counter() - start)
+        for call, taken in list(zip(calls, seconds, strict=True))[::-1 if len(seconds[0]) % 2 else 1]:
+            taken.append(turn(call, cold))
     return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def turn(call: Callable[[], object], cold: Tensor) -> float:
+    """Seconds that the last call took, of as many as SETTLE has room for; `cold` is read before each."""
+    begin, cuda = time.perf_counter(), cold.is_cuda
+    while True:
+        cold.sum()
+        first, last = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
+        start = first.record() if cuda else time.perf_counter()
+        call()
+        if cuda:
+            last.record()
+            last.synchronize()
+        seconds = first.elapsed_time(last) / 1e3 if cuda else time.perf_counter() - start
+        if time.perf_counter() - begin >= SETTLE:
+            return seconds
 
 
 def plot(rows: Sequence[dict], path: str) -> None:
