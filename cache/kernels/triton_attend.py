@@ -63,6 +63,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
 
     Work for `sms` multiprocessors; on meta tensors it plans only, which is what compiling ahead of time needs.
     """
+    from cache.kernels import triton_codes as codes
     from cache.kernels import triton_kernels as kernels
     q, k_stored, v_stored = tensors["q"], tensors["k_stored"], tensors["v_stored"]
     (B, H, D), (G, N), R = q.shape, k_stored.shape[1:3], tensors["retained_pos"].shape[-1]
@@ -70,12 +71,12 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     rows, heads = B * G, H // G
     tensors = tensors | {name: tensors["k"] for name in ("k_retained", "v_retained", "k_window", "v_window") if not tensors[name].numel()}
     bits = [x.shape[-1] * 8 // D if x.dtype == torch.uint8 else 16 for x in (k_stored, v_stored)]
-    slots = [kernels.slots(b) for b in bits]
-    widths = [max(16, power_of_2(D // n)) for n in slots]
-    fast = [b in (4, 2) or b == 3 and D % 32 == 0 for b in bits]        # 4 coordinates at once are on one side of the high plane
-    asm = [kernels.lookup_asm(b) if use and q.dtype != torch.float32 else ("", "") for b, use in zip(bits, fast, strict=True)]
+    wide = q.dtype == torch.float32
+    numbers = [not wide and (b in (4, 2) or b == 3 and D % 32 == 0) for b in bits]      # 3: four neighbours are on one side of a plane
+    slots = [codes.slots(bits[0]), codes.slots(bits[1], numbers[1] and bits[1] != 3)]
+    widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D // slots[1]))]     # int8 takes 32 at a time
     # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers
-    warps, wide = min(max(widths[1] // 16, 1), 4), q.dtype == torch.float32
+    warps = min(max(widths[1] // 16, 1), 4)
     block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 else 16, 8))
     # 2. how many programs share a row: all that are resident at once, or several rounds of them where that leaves no short last round
     resident = max(1, sms * RESIDENT_WARPS // warps)
@@ -87,16 +88,18 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
     shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
     split = tensors | sizes | shape | dict(
-        partial=partial, lse=lse, R=R, HP=max(8, power_of_2(heads)), K_BITS=bits[0], V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1],
-        KP=widths[0], VP=widths[1], K_ASM=asm[0][0], V_ASM=asm[1][0], K_CONSTRAINTS=asm[0][1], V_CONSTRAINTS=asm[1][1],
+        partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
+        V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
         SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
         SPLITS=power_of_2(exact_splits + splits), TILE=16)
-    # codes take up to 161 registers when left alone; at 128 RESIDENT_WARPS fit, without a spill but for 3 bits of 96
-    narrow = max(bits) <= 4 and D <= 128 and not wide and (D % 64 == 0 or 3 not in bits)
-    options = {"num_warps": warps} | ({"maxnreg": 128} if narrow else {})
+    # codes take up to 168 registers when left alone; with these RESIDENT_WARPS fit, 14 of 3 bits, and no loop over merged columns spills (2
+    # bits of more than 64 do where columns are exact)
+    free = wide or max(bits) > 4 or D > 128 or 3 in bits and D % 64
+    narrow = {} if free else {"maxnreg": 144 if 3 in bits else 128}
+    options = {"num_warps": warps} | narrow
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
             (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
 
