@@ -78,10 +78,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers
     warps = min(max(widths[1] // 16, 1), 4)
     block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 else 16, 8))
-    # 2. how many programs share a row: all that are resident at once, or several rounds of them where that leaves no short last round
-    resident = max(1, sms * RESIDENT_WARPS // warps)
-    splits = resident // rows if rows * 8 <= resident else -(-4 * resident // rows)
-    splits = max(1, min(splits, -(-N // block)))
+    # 2. how many programs share a row
+    splits = choose_splits(rows, max(-(-N // block), 1), max(1, sms * RESIDENT_WARPS // warps))
     exact_splits = max(1, min(splits, -(-(R + W) // exact_block)))
     partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
@@ -102,6 +100,13 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     options = {"num_warps": warps} | narrow
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
             (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
+
+
+@functools.cache
+def choose_splits(rows: int, tiles: int, resident: int) -> int:
+    """How many programs share the tiles of a full row, so that whole rounds of `resident` programs take the least time: a program's start
+    and end are taken for two tiles."""
+    return min(range(1, tiles + 1), key=lambda n: -(-rows * n // resident) * (-(-tiles // n) + 2))
 
 
 def power_of_2(n: int) -> int:
