@@ -51,7 +51,9 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
         sms = multiprocessors(q.device)
         for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
             kernel[grid](**arguments, **options)
-    return (y + y_rotated @ rotation.mT if v_levels.numel() else y)[:, :, None]
+    if v_levels.numel():
+        y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
+    return y[:, :, None]
 
 
 def multiprocessors(device: torch.device) -> int:
