@@ -82,7 +82,8 @@ class CacheConfig:
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"cache preset {preset!r} does not exist; choose one of: {', '.join(PRESETS)}")
         if "bits" in given:
-            bits = given.pop("bits")
+            if (bits := given.pop("bits")) not in map(str, BITS):
+                raise ValueError(f"cache setting bits is {bits}; choose one of: {', '.join(map(str, BITS))}")
             given = {"k_bits": bits, "v_bits": bits} | given
         return replace(cls(kind=kind), **(PRESETS[preset] if preset else {}) | {key: convert(key, value) for key, value in given.items()})
 

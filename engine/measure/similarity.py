@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     compared = compare_kinds(record(model, windows))
     if alignment:
         fold(model, alignment.layers)
-        compared |= {f"{kind}_aligned": x for kind, x in compare_kinds(record(model, windows)).items() if kind != "k_before_rope"}
+        aligned = compare_kinds(record(model, windows, "aligned, "))
+        compared |= {f"{kind}_aligned": x for kind, x in aligned.items() if kind != "k_before_rope"}
 
     settings = {"checkpoint": str(checkpoint), "text": args.text, "tokens": args.context * args.windows, "context_tokens": args.context,
                 "windows": args.windows, "device": str(device), "dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
@@ -109,12 +110,12 @@ class RecordingLayer:
 
 
 @torch.inference_mode()
-def record(model: Transformer, windows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def record(model: Transformer, windows: Sequence[Sequence[int]], notice: str = "") -> dict[str, Tensor]:
     """Windows of T ids -> by kind [L, tokens, G, D], in the model's dtype on the CPU."""
     device, T = model.embed.weight.device, len(windows[0])
     rope, kept = Rope(model.config, T).to(device), {kind: [] for kind in KINDS}
     for number, window in enumerate(windows, 1):
-        progress(f"window {number} of {len(windows)}")
+        progress(f"{notice}window {number} of {len(windows)}")
         caches = [RecordingLayer(model.config.sliding_window) for _ in model.layers]
         pos = torch.arange(T, device=device)[None]
         cos, sin = rope(pos)
