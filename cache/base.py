@@ -153,6 +153,14 @@ BLOCK = 1024    # columns a block when a long query block meets a long past; bou
 KINDS = {"k": "full", "v": "full"}      # buffer name -> kind of byte; a layout adds its own
 
 
+def put(buffer: Tensor, dim: int, rows: Tensor | None, value: float | bool) -> None:
+    """Fill `buffer` in place, at `rows` [B'] of `dim` or whole. An assignment by index would fetch the value from the host, which waits."""
+    if rows is None:
+        buffer.fill_(value)
+    else:
+        buffer.index_fill_(dim, rows, value)
+
+
 def column_blocks(n_columns: int, limit: int | None) -> list[slice]:
     """All columns as one slice, or those below `limit` in slices of at most BLOCK."""
     if limit is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cache.base import Columns, LayerGroup, attend_exact, column_blocks
+from cache.base import Columns, LayerGroup, attend_exact, column_blocks, put
 
 
 class FullLayer(LayerGroup):
@@ -63,9 +63,8 @@ class FullLayer(LayerGroup):
             buffer[at] = torch.where(valid[:, None, :, None], x.to(buffer.dtype), buffer[at])
 
     def reset(self, rows: Tensor | None = None) -> None:
-        at = slice(None) if rows is None else rows
-        self.k[at] = 0
-        self.v[at] = 0
+        put(self.k, 0, rows, 0)
+        put(self.v, 0, rows, 0)
 
     def read(self, index: int, length: Tensor) -> tuple[Tensor, Tensor]:
         stored = (torch.arange(self.k.shape[2], device=length.device) < length[:, None])[:, None, :, None]

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cache.base import KINDS, Columns, LayerGroup, column_blocks
+from cache.base import KINDS, Columns, LayerGroup, column_blocks, put
 from cache.codec import Codec
 from cache.config import CacheConfig
 from cache.merge import RULES, distance, max_norm, mean, merge, optimal, slerp
@@ -72,14 +72,14 @@ class SplitGroup(LayerGroup):
         self.reset()
 
     def reset(self, rows: Tensor | None = None) -> None:
-        at = slice(None) if rows is None else rows
         for name in (f"{x}_{part}" for x in "kv" for part in ("direction", "magnitude", "retained", "window")):
-            getattr(self, name)[:, at] = 0
-        self.exact[at] = False
-        self.retained_pos[at] = self.k_magnitude.shape[3] - 1
-        self.retained_score[at] = float("-inf")
-        self.score_range[at] = torch.tensor([float("inf"), float("-inf")], device=self.score_range.device)
-        self.overflow[at] = 0
+            put(getattr(self, name), 1, rows, 0)
+        put(self.exact, 0, rows, False)
+        put(self.retained_pos, 0, rows, self.k_magnitude.shape[3] - 1)
+        put(self.retained_score, 0, rows, float("-inf"))
+        put(self.score_range[..., 0], 0, rows, float("inf"))
+        put(self.score_range[..., 1], 0, rows, float("-inf"))
+        put(self.overflow, 0, rows, 0)
 
     # -- reading --------------------------------------------------------------------------------------------------------------------
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None, limit: int | None = None) -> Iterator[Columns]:
@@ -244,7 +244,7 @@ class SplitGroup(LayerGroup):
             slot = torch.where(kept_score == worst, kept_pos, -1).argmax(-1, keepdim=True)
             wins, old = score > worst, kept_pos.gather(-1, slot)
             lost = torch.where(wins, worst, score)
-            self.exact[b, g, torch.where(wins, old, last)] = False
+            self.exact[b, g, torch.where(wins, old, last)] = wins.new_zeros(())       # a plain False would come from the host
             for x, new in leaving.items():
                 buffer = getattr(self, f"{x}_retained")
                 at = (slice(None), b, g, slot)
@@ -257,7 +257,7 @@ class SplitGroup(LayerGroup):
             every = torch.cat((kept_score.gather(-1, order), score), -1)
             best, pick = every.sort(dim=-1, descending=True, stable=True)
             best, pick, lost = best[..., :self.R], pick[..., :self.R], best[..., self.R:]
-            self.exact[b, g, kept_pos] = False
+            self.exact[b, g, kept_pos] = leaves.new_zeros(())
             for x, new in leaving.items():
                 buffer = getattr(self, f"{x}_retained")
                 source = torch.where(pick < self.R, order.gather(-1, pick.clamp_max(self.R - 1)), pick)

@@ -41,7 +41,7 @@ class DecodeStep(nn.Module):
         return self.model.logits(x[:, -1])
 
     def first_token(self, rows: torch.Tensor, logits: torch.Tensor, method: str) -> None:
-        """After a prefill: sample from logits [B', V] for `rows` [B'], whose state `set_row` has laid down."""
+        """After a prefill: sample from logits [B', V] for `rows` [B'], whose state `set_rows` has laid down."""
         self.token[rows] = self.draw(logits, method, rows, self.input_pos[rows])
         self.done[rows] = self.finished(rows)
 
@@ -51,10 +51,11 @@ class DecodeStep(nn.Module):
     def finished(self, rows: torch.Tensor | slice) -> torch.Tensor:
         return (self.token[rows][:, None] == self.stop_ids[rows]).any(-1) | (self.left[rows] <= 0)
 
-    def set_row(self, row: int, params: SamplingParams, seed: int, input_pos: int, left: int) -> None:
-        """Give slot `row` to a request whose prompt is stored: `input_pos` tokens, `left` more wanted. Host side, between steps."""
-        values = {"input_pos": input_pos, "left": left, "done": False, "temperature": params.temperature,
-                  "top_k": min(params.top_k, self.model.config.vocab_size), "top_p": params.top_p, "seed": seed}
+    def set_rows(self, rows: torch.Tensor, params: list[SamplingParams], seed: list[int], input_pos: list[int], left: list[int]) -> None:
+        """Give slots `rows` [B'] to requests whose prompts are stored: `input_pos` tokens, `left` more wanted. Host side, between steps."""
+        values = {"input_pos": input_pos, "left": left, "done": [False] * len(params), "temperature": [p.temperature for p in params],
+                  "top_k": [min(p.top_k, self.model.config.vocab_size) for p in params], "top_p": [p.top_p for p in params], "seed": seed,
+                  "stop_ids": [[*p.stop_ids, *[-1] * (MAX_STOP_IDS - len(p.stop_ids))] for p in params]}
         for name, value in values.items():
-            getattr(self, name)[row] = value
-        self.stop_ids[row] = torch.tensor([*params.stop_ids, *[-1] * (MAX_STOP_IDS - len(params.stop_ids))])
+            state = getattr(self, name)
+            state[rows] = torch.tensor(value, dtype=state.dtype, device=state.device)

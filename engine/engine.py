@@ -6,7 +6,7 @@ row that ends is refilled while the others keep their state. A request's ids do 
 import inspect
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -82,7 +82,7 @@ class Engine:
         self.step = DecodeStep(model, self.cache, self.rope, max_batch_size, self.device)
         self.decode_one_token = self._compiled(self.step) if self.compile else self.step
         self.stored: list[list[int]] = [[] for _ in range(max_batch_size)]      # the ids that each row's cache holds
-        self._warm: set[str] = set()
+        self._steps = Counter()         # by phase and method: the first ones compile
         self._running: Iterator[Step] | None = None
         self._interrupted = False
         self._ended: set[int] = set()
@@ -107,6 +107,8 @@ class Engine:
         options = {"reorder_for_locality": False, "triton.cudagraphs": cuda}
         if cuda and self.max_batch_size == 1:       # inductor's own product of one row, tuned, instead of the library's
             options["coordinate_descent_tuning"] = True
+        if cuda:        # timing two ways to write a whole cache would clone it, into the graph's own pool
+            options["triton.autotune_pointwise"] = False
         return torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
 
     @property
@@ -174,7 +176,7 @@ class Engine:
                 # 2. or every running row moves one token on
                 else:
                     phase, batch, fed = "decode", list(active.values()), len(active)
-                    if self.device.type == "cuda" and phase + method not in self._warm:
+                    if self.device.type == "cuda" and not self._steps[phase + method]:
                         torch.cuda.empty_cache()        # what prefill leaves cached, a graph's own pool cannot take
                     self.decode_one_token(method)
                 # 3. the host reads what came out and sorts out who is finished
@@ -190,8 +192,9 @@ class Engine:
                         finished.append((r.index, "stop" if stopped else "capacity" if full else "length"))
                         self._release(active.pop(r.row), free)
                 now, key = time.perf_counter(), phase + method
-                warm = key in self._warm
-                self._warm.add(key)
+                # CUDA graphs: the first step compiles, the second one records
+                warm = self._steps[key] >= (2 if phase == "decode" and self.compile and self.device.type == "cuda" else 1)
+                self._steps[key] += 1
                 yield Step(phase, tokens, finished, fed, now - t, now - begin, warm)
                 for row in [row for row, r in active.items() if r.index in self._ended]:
                     self.step.done[row] = True
@@ -231,9 +234,9 @@ class Engine:
         width = max(map(len, new))
         ids = tensor([p + [0] * (width - len(p)) for p in new])
         x = self.prefill(ids, length, n_new, rows, past=max(kept))
-        for r in batch:
-            seed = r.params.seed if r.params.seed is not None else secrets.randbits(63)
-            self.step.set_row(r.row, r.params, seed, len(r.prompt), min(r.params.max_new_tokens - 1, self.max_seq_len - len(r.prompt)))
+        seeds = [r.params.seed if r.params.seed is not None else secrets.randbits(63) for r in batch]
+        self.step.set_rows(rows, [r.params for r in batch], seeds, [len(r.prompt) for r in batch],
+                           [min(r.params.max_new_tokens - 1, self.max_seq_len - len(r.prompt)) for r in batch])
         self.step.first_token(rows, self.model.logits(x[torch.arange(len(batch), device=self.device), n_new - 1]), method)
         return sum(map(len, new))
 

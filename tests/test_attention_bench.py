@@ -171,3 +171,14 @@ def test_plot_shows_growing_lengths(run_out, tmp_path: Path) -> None:
     assert [row["filled_tokens"] for row in rows if row["form"] == "reference"] == [12, 24, 49, 99]
     assert [row["bytes_read"] // 12 for row in rows if row["form"] == "reference"] == [10 * n for n in (12, 24, 49, 99)]
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_memory_is_asked_for_what_runs(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Guards: a large cache with few tokens refused for the scratch of a reference form that was not asked for."""
+    fast = build_cache(CacheConfig.parse("quant"), **SHAPE | {"n_layer": 1}).groups[0].form
+    if fast == "reference":
+        pytest.skip("no fast form here")
+    scratch = 20 * 3 * 2 * 100 * 16
+    monkeypatch.setattr(attention, "available_bytes", lambda device: scratch + attention.COLD_BYTES)
+    assert bench.main([*SMALL, "--filled", "5", "--cache", f"quant,bits=4,attend_form={fast}"]) == 0
+    assert bench.main([*SMALL, "--filled", "5", "--cache", "quant,bits=4"]) == 2 and "lower --batch or --seq" in capsys.readouterr().err

@@ -70,9 +70,8 @@ def test_assembly_numbers_every_byte_of_3_bits(to_bf16: bool) -> None:
     packed[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
     low, j = packed[:, :D // 4].contiguous(), torch.arange(D // 4)
     high = packed[:, D // 4 + j % (D // 8)].contiguous()
-    shift = (j // (D // 8)).view(-1, 4).int().numpy().view(np.uint32)
-    inputs = [*(np.tile(shift[:, i], 512) for i in range(4)), *(t.numpy().view(np.uint32).reshape(-1) for t in (low, high))]
-    n = 8 if to_bf16 else 4
-    out = np.stack(run_ptx(number_asm_3(to_bf16), ",".join(["=r"] * n + ["r"] * 6), inputs), 1).reshape(512, D // 16, 4, n // 4)
+    odd = (255 * (j >= D // 8)).to(torch.uint8).expand(512, -1).contiguous()
+    n, inputs = 8 if to_bf16 else 4, [t.numpy().view(np.uint32).reshape(-1) for t in (low, high, odd)]
+    out = np.stack(run_ptx(number_asm_3(to_bf16), ",".join(["=r"] * n + ["r"] * 3), inputs), 1).reshape(512, D // 16, 4, n // 4)
     out = torch.from_numpy(np.ascontiguousarray(out.transpose(0, 2, 1, 3)).view(np.int16 if to_bf16 else np.int8).reshape(512, D))
     assert torch.equal(out.view(torch.bfloat16).float() - BASE.value if to_bf16 else out.float(), codec.decode(packed))

@@ -74,7 +74,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     tensors = tensors | {name: tensors["k"] for name in ("k_retained", "v_retained", "k_window", "v_window") if not tensors[name].numel()}
     bits = [x.shape[-1] * 8 // D if x.dtype == torch.uint8 else 16 for x in (k_stored, v_stored)]
     wide = q.dtype == torch.float32
-    numbers = [not wide and (b in (4, 2) or b == 3 and D % 32 == 0) for b in bits]      # 3: four neighbours are on one side of a plane
+    numbers = [b <= 4 and not wide for b in bits]
     slots = [codes.slots(bits[0]), codes.slots(bits[1], numbers[1] and bits[1] != 3)]
     widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D // slots[1]))]     # int8 takes 32 at a time
     # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers

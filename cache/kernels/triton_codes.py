@@ -75,12 +75,13 @@ def number_asm(bits, slot, pairs):
 def number_asm_3(to_bf16):
     """PTX from 4 bytes of the low plane of 3 bits, 16 codes, to all slots of their numbers: each one register of int8, or two of bf16.
 
-    Operands after the slots: the shift of the high plane, given 4 times because Triton passes one per element; 4 bytes of the low plane,
-    and of the high plane, where place s has bit 2 s once shifted.
+    Operands after the slots: 4 bytes of the low plane, of the high plane, and 255 where the odd bits of the high plane are theirs, else 0:
+    of its bits place s has 2 s + 1, or 2 s.
     """
-    n = 8 if to_bf16 else 4
-    code = [f"shr.u32 b, ${n + 5}, ${n}; shl.b32 x, b, 2; and.b32 x, x, 0x44444444; and.b32 y, ${n + 4}, 0x33333333; or.b32 x, x, y;",
-            f"and.b32 b, b, 0x44444444; shr.u32 y, ${n + 4}, 2; and.b32 y, y, 0x33333333; or.b32 y, y, b; or.b32 m, m, 0x43434343;"]
+    low, high, odd = (f"${(8 if to_bf16 else 4) + i}" for i in range(3))
+    code = [f"shr.u32 a, {high}, 1; xor.b32 a, a, {high}; and.b32 a, a, {odd}; xor.b32 b, a, {high};",         # bit 2 s of b: place s
+            f"shl.b32 x, b, 2; and.b32 x, x, 0x44444444; and.b32 y, {low}, 0x33333333; or.b32 x, x, y;",
+            f"and.b32 b, b, 0x44444444; shr.u32 y, {low}, 2; and.b32 y, y, 0x33333333; or.b32 y, y, b; or.b32 m, m, 0x43434343;"]
     for turn, codes in enumerate("xy"):
         code += [f"prmt.b32 a, t0, t1, {codes}; shr.u32 b, {codes}, 16; prmt.b32 c, t0, t1, b;"]
         for nibble in range(2):
@@ -131,17 +132,18 @@ def decode(packed, levels, BITS: tl.constexpr, D: tl.constexpr, SLOTS: tl.conste
     low, high = packed
     out = ()
     # 3 bits: coordinate c has bit c div (D / 8) of byte c mod (D / 8) in the high plane: a slot takes two bits of every byte
-    shift = (tl.arange(0, low.shape[1]) // (D // 8))[None, :] if BITS == 3 else 0
+    odd = (tl.arange(0, low.shape[1]) >= D // 8)[None, :] if BITS == 3 else 0
     if BITS == 16:
         out = (low,)
     elif NUMBERS and BITS == 3:
+        odd = tl.where(odd, 255, 0).to(tl.uint8)
         if TURN:
-            x = tl.inline_asm_elementwise(number_asm_3(True), "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r", [shift, low, high],
+            x = tl.inline_asm_elementwise(number_asm_3(True), "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [low, high, odd],
                                           dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=4)
             for slot in tl.static_range(SLOTS):
                 out += (tl.trans(x[slot].to(tl.bfloat16, bitcast=True)),)
         else:
-            out = tl.inline_asm_elementwise(number_asm_3(False), "=r,=r,=r,=r,r,r,r,r,r,r", [shift, low, high],
+            out = tl.inline_asm_elementwise(number_asm_3(False), "=r,=r,=r,=r,r,r,r", [low, high, odd],
                                             dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4)
     elif NUMBERS:
         codes = tl.trans(low) if TURN else low
@@ -155,7 +157,7 @@ def decode(packed, levels, BITS: tl.constexpr, D: tl.constexpr, SLOTS: tl.conste
         for slot in tl.static_range(SLOTS):
             code = (low >> slot * (8 // SLOTS)) & (2 ** (8 // SLOTS) - 1)
             if BITS == 3:
-                code |= (((high >> shift.to(tl.uint8)) >> 2 * slot) & 1) << 2
+                code |= (((high >> odd.to(tl.uint8)) >> 2 * slot) & 1) << 2
             y = tl.load(levels + code).to(DTYPE)
             out += (tl.trans(y) if TURN else y,)
     return out

@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     # a cache that is far from full has one that is full beside it: does time follow the tokens or the capacity?
     plans = [(spec, c, dict(n_layer=c.group if c.kind == "minicache" else 1, max_seq_len=capacity, **shape))
              for spec, c in zip(specs, configs, strict=True) for capacity in dict.fromkeys((S, filled + 1))]
-    # bf16 K and V are 4 bytes; a reference form that decodes both in fp32 holds about five times that for a moment
-    need = COLD_BYTES + 24 * B * G * S * D + sum(sum(cache_bytes(c, **plan).values()) for _, c, plan in plans)
+    # bf16 K and V are 4 bytes; a reference form that decodes both in fp32 holds about five times that of the capacity for a moment
+    need = COLD_BYTES + 4 * B * G * filled * D + sum(sum(cache_bytes(c, **plan).values()) for _, c, plan in plans)
+    need += 20 * B * G * S * D * any(c.attend_form in ("auto", "reference") for c in configs)
     room = available_bytes(device)
     if room is not None and need > room:
         raise ValueError(f"the caches and their scratch need about {need:,} bytes, {device} has {room:,}; lower --batch or --seq")

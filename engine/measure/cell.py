@@ -30,6 +30,9 @@ from weights import available_bytes, load_model, random_model
 
 WARM_UP_TOKENS = 8          # CUDA graphs: one step compiles, one records, the next ones replay
 WARM_UP_PROMPT = 1024       # on a CPU a prompt of any length runs the same code, and a long one takes minutes
+# a cache that grows by concatenation leaves holes near the limit of a GPU's memory: segments that grow keep it from copying for nothing
+PEER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+NO_ROOM = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "previous error during capture")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def measure_apart(cell: Cell) -> dict:
     before = signal.signal(signal.SIGTERM, interrupt)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the child and the child's children
     child = subprocess.Popen([sys.executable, "-m", "engine.measure.cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             cwd=root, start_new_session=True)
+                             cwd=root, start_new_session=True, env=os.environ | PEER_ENV if cell.peer else None)
     try:
         answer, _ = child.communicate(json.dumps(asdict(cell)))
         signal.signal(signal.SIGTERM, before)
@@ -86,7 +89,7 @@ def main() -> int:
         result = measure(cell)
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:      # RuntimeError: torch out of memory, or its compiler
         text = " ".join(str(error).split())     # ValueError: the arguments were checked before, so a size that memory cannot hold
-        no_room = isinstance(error, ValueError | MemoryError) or "out of memory" in text or "can't allocate memory" in text
+        no_room = isinstance(error, ValueError | MemoryError) or any(words in text for words in NO_ROOM)
         result = {"error": text[:300] or type(error).__name__, "no_room": no_room}
     print(json.dumps(result))
     return 0
@@ -123,8 +126,9 @@ def measure(cell: Cell) -> dict:
     # 2. once to warm up, once to measure
     shown = Progress(sum(p + n for p, n in cell.lengths))
     short = prompts[:cell.batch] if device.type == "cuda" else [p[:WARM_UP_PROMPT] for p in prompts[:cell.batch]]
-    for _ in runner.generate(short, brief[:cell.batch]):
-        pass
+    for _ in range(2 if device.type == "cuda" else 1):      # the first run's compiling gives memory back that a prefill wants again
+        for _ in runner.generate(short, brief[:cell.batch]):
+            pass
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()

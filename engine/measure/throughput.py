@@ -27,6 +27,7 @@ from weights import EMBEDDED, available_bytes
 
 CACHES = ["full", "minicache", "minicache,bits=4", "quant,bits=4"]
 PROMPT_TOKENS, NEW_TOKENS, REQUESTS = 161, 338, 64          # the first two: the ShareGPT-like load of arXiv 2405.14366
+CUDA_BYTES = 600_000_000        # what a graph's own pool and the library's workspaces take beside what the card counts
 TRACE_COLUMNS = ("ContextTokens", "GeneratedTokens")
 CARD = {"cache": ("cache", ""), "kv_bytes_per_row": ("KV bytes/row", ","), "kv_bytes_per_token": ("per token", ",.0f"),
         "bits_per_element": ("bits/element", ".2f"), "ratio_to_full": ("x bf16", ".2f"), "rows_that_fit": ("rows that fit", ",")}
@@ -95,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     rates = {"memory_bytes": available_bytes(device)} if args.card_only else measure_apart(base)
     if "error" in rates:
         raise ValueError(rates["error"])
-    memory = limit or rates["memory_bytes"]
+    cuda, memory = device.type == "cuda", limit or rates["memory_bytes"]
+    if cuda:
+        memory = max(0, memory - CUDA_BYTES)
     speeds = None if args.card_only else rates
     shape = dict(capacity=load.capacity, prompt_tokens=load.prompt_tokens, length=load.stored_tokens, dtype=dtype)
     cards = [make_card(config, spec, batches=batches, memory=memory, rates=speeds, **shape) for spec in specs]
@@ -116,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     if limit and peers and "full" not in fits:
         fits["full"] = make_card(config, "full", batches=[1], memory=memory, **shape)["rows_that_fit"]
     rows = payload["rows"]
+    # multiples of 8: matrix products of other sizes are padded, which the compiler would first measure
+    fits = {spec: n - n % 8 if cuda and n >= 64 else n for spec, n in fits.items()}
     todo = [(kind, fits[kind.cache] if batch is None else batch) for batch in batches or [None] for kind in kinds
             if kind.peer != "gpt-fast" or batch == 1]
     try:
@@ -261,7 +266,8 @@ def print_cards(cards: Sequence[dict], base: Cell, load: Load, memory: int | Non
     name = base.checkpoint or base.model + (f", {base.layers} layers" if base.layers else "")
     print(f"{name}, {base.dtype} on {base.device}: {cards[0]['weight_bytes']:,} bytes of weights; {what}, capacity {load.capacity}")
     if memory is not None:
-        print(f"memory: {memory:,} bytes, shared by the weights, the rows that fit, and prefill scratch (estimated)")
+        kept = f" and {CUDA_BYTES:,} for CUDA's own" if base.device.startswith("cuda") else ""
+        print(f"memory: {memory:,} bytes{kept}, shared by the weights, the rows that fit, and prefill scratch (estimated)")
     if rates:
         print(f"measured: reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s, linear layers {rates['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s")
     print("\nKV cache, everything counted; x bf16: how many times smaller than a bf16 full cache of this capacity")
