@@ -5,6 +5,7 @@ Trap: an operator's write that the compiler cannot do in place gives the right t
 import math
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -46,3 +47,21 @@ def test_the_compiled_step_on_fast_forms_is_one_graph_in_place(device: str) -> N
     assert shapes and max(map(math.prod, shapes)) < fast.cache.groups[-1].k_direction.numel()
     assert "torch.ops.minicache.commit" in code[0] and code[0].count("torch.ops.minicache.attend") >= 4
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("spec", ["full", "quant,bits=4", "minicache,merge_from=0,bits=4", "minicache,merge_from=0,preset=paper"])
+def test_a_cache_takes_no_value_from_the_host(spec: str) -> None:
+    """Guards: x[at] = 0 with a tensor `at` fetches the 0 from the host: a GPU waits for it, and the capture of a graph ends."""
+    config = CacheConfig.parse(spec)
+    n = 2 if config.kind == "minicache" else 1
+    group = config.build(n_layer=n, n_kv_head=2, head_dim=16, batch=3, max_seq_len=64, dtype=torch.bfloat16, device="cuda").groups[0]
+    group.form = "reference"
+    k, rows = torch.randn(n, 3, 2, 20, 16, device="cuda").bfloat16(), torch.arange(3, device="cuda")
+    length, one = torch.full((3,), 20, device="cuda"), torch.ones(3, dtype=torch.int64, device="cuda")
+    for capture in (False, True):       # the first round lets libraries set themselves up
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()) if capture else nullcontext():
+            group.reset(rows)
+            group.commit(k, k, torch.zeros_like(length), length, rows)
+            group.commit(k[..., :1, :], k[..., :1, :], length, one)
