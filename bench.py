@@ -97,8 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--head-dim", metavar="D", type=int, required=True, help="width of a head")
     add("--batch", metavar="B", type=int, required=True, help="rows")
     add("--seq", metavar="S", type=int, required=True, help="capacity: tokens that a row has room for")
-    add("--filled", metavar="N", type=int, help="tokens stored in each row (default: S - 1); fewer: a cache "
-        "with room for no more stands beside it; with --plot also N/8, N/4, N/2")
+    add("--filled", metavar="N", type=int, help="tokens stored in each row (default: S - 1); where fewer, a "
+        "cache of capacity N + 1 is timed, too; with --plot also N/8, N/4, N/2")
     add("--device", metavar="D", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)")
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of exact tokens (default: bfloat16)")
     return parser

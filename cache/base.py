@@ -57,7 +57,7 @@ class LayerGroup(nn.Module):
         raise NotImplementedError
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Forget what the rows hold, numbers too: a masked column counts with weight 0, and 0 times a stale inf is nan."""
+        """Forget what `rows` [B'] int64 (None: all) hold, numbers too: a masked column has weight 0, and 0 times a stale inf is nan."""
         raise NotImplementedError
 
     def report(self) -> dict[str, int]:

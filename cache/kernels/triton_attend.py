@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache.kernels import library
 
-RESIDENT_WARPS = 16     # of one multiprocessor: what 128 registers a thread leave room for
+REGISTERS = 65536 // 32     # of one multiprocessor, for each thread of a warp
 
 
 @functools.cache
@@ -80,9 +80,14 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers
     warps = min(max(widths[1] // 16, 1), 4)
     block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 else 16, 8))
-    # 2. how many programs share a row
-    splits = choose_splits(rows, max(-(-N // block), 1), max(1, sms * RESIDENT_WARPS // warps))
-    exact_splits = max(1, min(splits, -(-(R + W) // exact_block)))
+    # 2. registers of a thread: left alone the loop over merged columns takes up to 184 with 4 query heads a kv head and all 255 with 16;
+    # with these more programs are resident and it spills nothing, but up to 20 words of 2-bit V with more than 4 heads (sm_90; the loop
+    # over exact columns does at 2 bits of more than 64)
+    free = wide or D > 128 or heads > 8 or 3 in bits and D % 64
+    registers = 255 if free else 168 if heads > 4 or 8 in bits else 144 if 3 in bits else 128
+    # 3. how many programs share a row
+    resident = max(1, sms * (REGISTERS // registers) // warps)
+    splits, exact_splits = choose_splits(rows, max(-(-N // block), 1), -(-(R + W) // exact_block), resident)
     partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
@@ -95,20 +100,20 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
         SPLITS=power_of_2(exact_splits + splits), TILE=16)
-    # codes take up to 168 registers when left alone; with these RESIDENT_WARPS fit, 14 of 3 bits, and no loop over merged columns spills (2
-    # bits of more than 64 do where columns are exact)
-    free = wide or max(bits) > 4 or D > 128 or 3 in bits and D % 64
-    narrow = {} if free else {"maxnreg": 144 if 3 in bits else 128}
-    options = {"num_warps": warps} | narrow
+    options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
             (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
 
 
 @functools.cache
-def choose_splits(rows: int, tiles: int, resident: int) -> int:
-    """How many programs share the tiles of a full row, so that whole rounds of `resident` programs take the least time: a program's start
-    and end are taken for two tiles."""
-    return min(range(1, tiles + 1), key=lambda n: -(-rows * n // resident) * (-(-tiles // n) + 2))
+def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int) -> tuple[int, int]:
+    """How many programs share the merged tiles of a full row, and how many its exact tiles.
+
+    Whole rounds of `resident` programs, merged ones alone, take the least time if a program's start and end count as two tiles. An exact
+    tile counts as half a one; its programs come first and get no more to do than the others.
+    """
+    n = min(range(1, tiles + 1), key=lambda n: -(-rows * n // resident) * (-(-tiles // n) + 2))
+    return n, max(1, -(-exact_tiles // (2 * -(-tiles // n))))
 
 
 def power_of_2(n: int) -> int:

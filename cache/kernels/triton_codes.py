@@ -181,7 +181,7 @@ def load_query(q, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BITS: 
 def load_query_numbers(q, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
                        P: tl.constexpr):
     """Likewise as int8, for numbers of K: slots [P, 2 HP], a head's coarse and fine part side by side, 128 coarse + fine in all; then
-    by [HP], what a product of whole numbers is worth, and middle [HP], what it has too much."""
+    unit [HP], what 1 of a product is worth, and middle [HP], what products have too much as numbers are not signed."""
     n = tl.arange(0, 2 * HP)
     exact, most = (), tl.full([2 * HP], 1e-30, tl.float32)
     for slot in tl.static_range(SLOTS):
@@ -196,25 +196,25 @@ def load_query_numbers(q, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr
         part = tl.where((n % 2 == 0)[:, None], coarse, tl.floor((x - coarse) * 128 + 0.5)).to(tl.int8)
         total += tl.sum(part.to(tl.int32), 1)
         out += (tl.trans(part),)
-    most, _ = halves(most)
+    most, _ = deinterleave(most)
     STEP: tl.constexpr = grid_step(BITS)
-    return out, most * (STEP / (127 * 128)), whole(total) * MIDDLE
+    return out, most * (STEP / (127 * 128)), coarse_and_fine(total) * MIDDLE
 
 
 @triton.jit
-def halves(x):
+def deinterleave(x):
     """x [..., 2 n] -> its even and its odd columns."""
     return tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
 
 
 @triton.jit
-def whole(x):
+def coarse_and_fine(x):
     """Coarse and fine columns [..., 2 n] int32 -> what they are together."""
-    coarse, fine = halves(x)
+    coarse, fine = deinterleave(x)
     return coarse * 128 + fine
 
 
 @triton.jit
-def twice(x, y):
+def interleave(x, y):
     """x, y [..., n] -> [..., 2 n], columns in turns."""
     return tl.reshape(tl.join(x, y), x.shape[:-1] + [2 * x.shape[-1]])

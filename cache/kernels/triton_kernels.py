@@ -10,15 +10,15 @@ import triton.language as tl
 from cache.kernels.triton_codes import (
     BASE,
     MIDDLE,
+    coarse_and_fine,
     coordinates,
     decode,
+    deinterleave,
     grid_step,
-    halves,
+    interleave,
     load_query,
     load_query_numbers,
     load_stored,
-    twice,
-    whole,
 )
 
 
@@ -33,7 +33,7 @@ def products(q, k):
 
 
 @triton.jit
-def soften(top, score, seen):
+def online_softmax(top, score, seen):
     """A tile of scores [BLOCK, HP] into the running softmax, base 2: its maximum [HP], p [BLOCK, HP], what earlier sums fade by [HP]."""
     score = tl.where(seen[:, None], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 0))
@@ -66,7 +66,7 @@ def store_split(partial, lse, at, top, total, acc, HEADS: tl.constexpr, HP: tl.c
 def plan_row(length, N, W, sliding_window, merged_splits, BLOCK: tl.constexpr):
     """A row's work from its length: first position seen, end of its merged columns, first tile, tiles a program, programs that have any."""
     first = tl.where(sliding_window > 0, tl.maximum(length - sliding_window + 1, 0), 0)
-    end = tl.minimum(tl.maximum(length - W, 0), N)
+    end = tl.maximum(tl.minimum(tl.maximum(length - W, 0), N), first)       # a window of more than sliding_window leaves nothing merged
     tile = first // BLOCK
     tiles = tl.maximum(tl.cdiv(end, BLOCK) - tile, 0)
     each = tl.maximum(tl.cdiv(tiles, merged_splits), 1)
@@ -96,12 +96,12 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
     if split >= exact_splits:
         own_q = (q if K_BITS == 16 else q_rotated) + row * HEADS * D
         if K_NUMBERS:
-            query, by, middle = load_query_numbers(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP)
+            query, unit, middle = load_query_numbers(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP)
         else:
-            query, by, middle = load_query(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP, DTYPE), tl.full([HP], 1.0, tl.float32), 0
-        by *= scale
+            query, unit, middle = load_query(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP, DTYPE), tl.full([HP], 1.0, tl.float32), 0
+        unit *= scale
         top = tl.full([HP], -1e30, tl.float32)              # finite: exp2(-inf - top) is 0, never nan
-        ROWS: tl.constexpr = BLOCK if V_NUMBERS else 1      # numbers leave registers for sums that are added up at the end
+        ROWS: tl.constexpr = BLOCK if V_NUMBERS else 1      # of numbers the columns are added up at the end
         totals, weights = tl.zeros([ROWS, HP], tl.float32), tl.zeros([BLOCK, HP], tl.float32)       # of p, and of p |v|
         acc = ()
         for _ in tl.static_range(V_SLOTS):
@@ -122,8 +122,8 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
                 seen = seen & (tl.load(exact + row * N + column, mask=seen, other=1) == 0)
             score = products(query, decode(k_packed, k_levels, K_BITS, D, K_SLOTS, DTYPE, K_NUMBERS, False))
             if K_NUMBERS:
-                score = (whole(score) - middle[None, :]).to(tl.float32)
-            top, p, fade = soften(top, score * by[None, :] * k_scale[:, None], seen)
+                score = (coarse_and_fine(score) - middle[None, :]).to(tl.float32)
+            top, p, fade = online_softmax(top, score * unit[None, :] * k_scale[:, None], seen)
             totals = totals * fade[None, :] + (p if V_NUMBERS else tl.sum(p, 0)[None, :])
             p *= v_scale[:, None]
             # V is decoded only now: its tiles take the place of K's in shared memory and registers
@@ -131,7 +131,7 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             if V_NUMBERS:
                 weights = weights * fade[None, :] + p
                 coarse = p.to(tl.bfloat16)
-                acc = add_tile(acc, twice(coarse, (p - coarse.to(tl.float32)).to(tl.bfloat16)), values, twice(fade, fade))
+                acc = add_tile(acc, interleave(coarse, (p - coarse.to(tl.float32)).to(tl.bfloat16)), values, interleave(fade, fade))
             else:
                 acc = add_tile(acc, p.to(DTYPE), values, fade)
         sums = acc
@@ -140,7 +140,7 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             weight = tl.sum(weights, 0) * (BASE + MIDDLE)
             sums = ()
             for slot in tl.static_range(V_SLOTS):
-                coarse, fine = halves(acc[slot])
+                coarse, fine = deinterleave(acc[slot])
                 sums += ((coarse + fine - weight[None, :]) * STEP,)
         store_split(partial, lse, at, top, tl.sum(totals, 0), sums, HEADS, HP, D, VP, V_BITS, V_PAIRS)
     else:
@@ -166,7 +166,7 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
                 k_at = tl.where(kept, k_retained + (row * R + slot) * D, k_window + (row * W + slot - R) * D)
                 v_at = tl.where(kept, v_retained + (row * R + slot) * D, v_window + (row * W + slot - R) * D)
                 tile_k = tl.load(k_at[:, None] + d[None, :], mask=counts[:, None] & (d < D)[None, :], other=0)
-                own_top, own_p, own_fade = soften(own_top, products(own_query, (tile_k,)) * scale, counts)
+                own_top, own_p, own_fade = online_softmax(own_top, products(own_query, (tile_k,)) * scale, counts)
                 total = total * own_fade + tl.sum(own_p, 0)
                 tile_v = tl.load(v_at[None, :] + d[:, None], mask=counts[None, :] & (d < D)[:, None], other=0)
                 own_acc = add_tile(own_acc, own_p.to(DTYPE), (tile_v,), own_fade)

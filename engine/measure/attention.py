@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     # 3. the measurements, at growing lengths for a plot
     rows, stored = [], 0
     for n in sorted({max(1, filled >> i) for i in range(4)}) if args.plot else [filled]:
-        progress(f"storing {n:,} tokens in {len(specs)} caches, then timing")
+        progress(f"storing {n:,} tokens in {len(caches)} caches, then timing")
         length, full = torch.full((B,), n, device=device), [x[:, :, :n] for x in (k16, v16)]
         rivals = bf16_forms(q.bfloat16(), *full, by_name=device.type == "cuda")
         labels = [{"cache": "bf16 K and V", "form": form, "capacity": None, "bytes_read": sum(x.nbytes for x in full)} for form in rivals]
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                         "speedup_over_sdpa": seconds[0] / taken, "speedup_over_best_sdpa": min(seconds[:len(rivals)]) / taken}
             rows.append(row)
     # 4. the report
-    print(f"one layer, one new token in each of {B} rows, {H}/{G} heads of {D}, capacity {S:,}; {args.dtype} on {device}, "
+    print(f"one layer, one new token in each of {B} rows, {H}/{G} heads of {D}; {args.dtype} on {device}, "
           f"{torch.get_num_threads()} threads; reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s (measured)\n"
           "bytes read: those that must be, of the filled part; x: times as fast as attention on a bf16 full cache of that length\n")
     print_table(rows, COLUMNS)

@@ -30,7 +30,7 @@ from weights import available_bytes, load_model, random_model
 
 WARM_UP_TOKENS = 8          # CUDA graphs: one step compiles, one records, the next ones replay
 WARM_UP_PROMPT = 1024       # on a CPU a prompt of any length runs the same code, and a long one takes minutes
-# a cache that grows by concatenation leaves holes near the limit of a GPU's memory: segments that grow keep it from copying for nothing
+# a cache that grows by concatenation asks for a little more each step: near the limit of a GPU's memory, blocks that grow serve it best
 PEER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 NO_ROOM = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "previous error during capture")
 
@@ -62,7 +62,7 @@ def measure_apart(cell: Cell) -> dict:
     before = signal.signal(signal.SIGTERM, interrupt)
     # a session of its own: Ctrl-C reaches this process alone, which then ends the child and the child's children
     child = subprocess.Popen([sys.executable, "-m", "engine.measure.cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             cwd=root, start_new_session=True, env=os.environ | PEER_ENV if cell.peer else None)
+                             cwd=root, start_new_session=True, env=PEER_ENV | os.environ if cell.peer else None)
     try:
         answer, _ = child.communicate(json.dumps(asdict(cell)))
         signal.signal(signal.SIGTERM, before)

@@ -27,7 +27,7 @@ from weights import EMBEDDED, available_bytes
 
 CACHES = ["full", "minicache", "minicache,bits=4", "quant,bits=4"]
 PROMPT_TOKENS, NEW_TOKENS, REQUESTS = 161, 338, 64          # the first two: the ShareGPT-like load of arXiv 2405.14366
-CUDA_BYTES = 600_000_000        # what a graph's own pool and the library's workspaces take beside what the card counts
+CUDA_BYTES = 600_000_000        # for a graph's own pool and the libraries' workspaces, which the card does not count: assumed, not measured
 TRACE_COLUMNS = ("ContextTokens", "GeneratedTokens")
 CARD = {"cache": ("cache", ""), "kv_bytes_per_row": ("KV bytes/row", ","), "kv_bytes_per_token": ("per token", ",.0f"),
         "bits_per_element": ("bits/element", ".2f"), "ratio_to_full": ("x bf16", ".2f"), "rows_that_fit": ("rows that fit", ",")}
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if "error" in rates:
         raise ValueError(rates["error"])
     cuda, memory = device.type == "cuda", limit or rates["memory_bytes"]
-    if cuda:
+    if cuda and not args.card_only:
         memory = max(0, memory - CUDA_BYTES)
     speeds = None if args.card_only else rates
     shape = dict(capacity=load.capacity, prompt_tokens=load.prompt_tokens, length=load.stored_tokens, dtype=dtype)
@@ -266,7 +266,7 @@ def print_cards(cards: Sequence[dict], base: Cell, load: Load, memory: int | Non
     name = base.checkpoint or base.model + (f", {base.layers} layers" if base.layers else "")
     print(f"{name}, {base.dtype} on {base.device}: {cards[0]['weight_bytes']:,} bytes of weights; {what}, capacity {load.capacity}")
     if memory is not None:
-        kept = f" and {CUDA_BYTES:,} for CUDA's own" if base.device.startswith("cuda") else ""
+        kept = f" (and {CUDA_BYTES:,} kept for CUDA's own)" if rates and base.device.startswith("cuda") else ""
         print(f"memory: {memory:,} bytes{kept}, shared by the weights, the rows that fit, and prefill scratch (estimated)")
     if rates:
         print(f"measured: reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s, linear layers {rates['matmul_flop_per_s'] / 1e12:.3f} TFLOP/s")
