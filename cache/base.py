@@ -207,8 +207,8 @@ def attend_exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     """SDPA over full-precision columns: q [B, H, T, D], k, v [B, G, N, D], mask bool or additive, to [B, 1, T, N]; None: causal."""
     B, H, T, D = q.shape
     if T == 1 and mask is not None:     # the query heads of a kv head as its queries: no kernel can fall back to repeating K and V
-        y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask)
-        return y.view(B, H, T, D)
+        y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=mask)
+        return y.reshape(B, H, T, D)        # no view: not every kernel of a GPU answers in that order
     if mask is not None and q.is_cuda and H != k.shape[1]:      # no fused kernel takes a mask and fewer kv heads
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[1])

@@ -77,9 +77,10 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     numbers = [b <= 4 and not wide for b in bits]
     slots = [codes.slots(bits[0]), codes.slots(bits[1], numbers[1] and bits[1] != 3)]
     widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D // slots[1]))]     # int8 takes 32 at a time
-    # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers
+    # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers.
+    # Numbers of V want 32 columns a warp: with 16 and one warp 2 bits came out wrong on an H200 (triton 3.6), why is not known
     warps = min(max(widths[1] // 16, 1), 4)
-    block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 else 16, 8))
+    block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 or numbers[1] else 16, 8))
     # 2. registers of a thread: left alone the loop over merged columns takes up to 184 with 4 query heads a kv head and all 255 with 16;
     # with these more programs are resident and it spills nothing, but up to 20 words of 2-bit V with more than 4 heads (sm_90; the loop
     # over exact columns does at 2 bits of more than 64)

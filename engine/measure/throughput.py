@@ -27,7 +27,7 @@ from weights import EMBEDDED, available_bytes
 
 CACHES = ["full", "minicache", "minicache,bits=4", "quant,bits=4"]
 PROMPT_TOKENS, NEW_TOKENS, REQUESTS = 161, 338, 64          # the first two: the ShareGPT-like load of arXiv 2405.14366
-CUDA_BYTES = 600_000_000        # for a graph's own pool and the libraries' workspaces, which the card does not count: assumed, not measured
+CUDA_BYTES = 600_000_000        # for a graph's own pool and the libraries' workspaces, which the card does not count: a guess
 TRACE_COLUMNS = ("ContextTokens", "GeneratedTokens")
 CARD = {"cache": ("cache", ""), "kv_bytes_per_row": ("KV bytes/row", ","), "kv_bytes_per_token": ("per token", ",.0f"),
         "bits_per_element": ("bits/element", ".2f"), "ratio_to_full": ("x bf16", ".2f"), "rows_that_fit": ("rows that fit", ",")}
