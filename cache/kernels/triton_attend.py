@@ -75,7 +75,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     bits = [x.shape[-1] * 8 // D if x.dtype == torch.uint8 else 16 for x in (k_stored, v_stored)]
     wide = q.dtype == torch.float32
     numbers = [b <= 4 and not wide for b in bits]
-    slots = [codes.slots(bits[0]), codes.slots(bits[1], numbers[1] and bits[1] != 3)]
+    pairs = numbers[1] and bits[1] != 3
+    slots = [codes.slots(bits[0]), codes.slots(bits[1], pairs)]
     widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D // slots[1]))]     # int8 takes 32 at a time
     # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers.
     # Numbers of V want 32 columns a warp: with 16 and one warp 2 bits came out wrong on an H200 (triton 3.6), why is not known
@@ -96,7 +97,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     split = tensors | sizes | shape | dict(
         partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
         V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
-        SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
+        V_PAIRS=pairs, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,

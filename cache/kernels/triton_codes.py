@@ -43,7 +43,7 @@ def slots(bits, pairs=False):
 
 
 def tables(bits: int) -> str:
-    """PTX that fills t0 .. with the grid's numbers, four each, and m with the bytes that make bf16 of one."""
+    """PTX that fills t0 .. with the grid's numbers, four each, and m with zero."""
     words = [sum(n << 8 * i for i, n in enumerate(GRID.value[bits][0][at:at + 4])) for at in range(0, 2 ** bits, 4)]
     zero = ".reg .b32 m, t0, t1, t2, t3, x, y, a, b, c, d; mov.u32 m, %lanemask_lt; mov.u32 a, %lanemask_gt; and.b32 m, m, a;"
     return zero + "".join(f"or.b32 t{i}, m, {word:#x};" for i, word in enumerate(words))

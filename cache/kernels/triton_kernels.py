@@ -78,8 +78,8 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
                   retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, N, R, W, sliding_window, exact_splits,
                   G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                   K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, KP: tl.constexpr,
-                  VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
-                  BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                  VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, V_PAIRS: tl.constexpr, SCALED: tl.constexpr,
+                  MASKED: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Program (row and kv head, split): splits below `exact_splits` take retained and window slots and the new token, the others merged
     columns. Tensors as in `minicache::attend`, contiguous, `index` picked; partial [B G, splits, HEADS, D], lse [B G, splits, HEADS] fp32.
     HP, HE: heads, padded, in merged and in exact columns.
@@ -88,7 +88,6 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.load(length + row // G).to(tl.int32)
     first, end, tile, each, active = plan_row(n, N, W, sliding_window, tl.num_programs(1) - exact_splits, BLOCK)
-    V_PAIRS: tl.constexpr = V_NUMBERS and V_BITS != 3
     scale = 1.4426950408889634 / tl.sqrt(D * 1.0)           # log2(e): the softmax is in base 2
     at = row * tl.num_programs(1) + split
     if split >= exact_splits + active:
