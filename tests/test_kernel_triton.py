@@ -96,8 +96,9 @@ def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, le
 @contextmanager
 def levels_on_the_grid(group: LayerGroup, dtype: torch.dtype) -> Iterator[None]:
     """Within it the reference decodes codes of 16-bit models as the kernel does (GRID in triton_codes.py)."""
-    from cache.kernels.triton_codes import GRID, MIDDLE
-    codecs = {id(c): c for c in getattr(group, "codec", {}).values() if c.bits <= 4 and dtype != FP32}.values()
+    from cache.kernels.triton_codes import GRID, MIDDLE, becomes_numbers
+    codecs = getattr(group, "codec", {}).values()
+    codecs = {id(c): c for c in codecs if becomes_numbers(c.bits, len(c.rotation), dtype)}.values()
     exact = [codec.levels.clone() for codec in codecs]
     for codec in codecs:
         numbers, step = GRID.value[codec.bits]
@@ -139,6 +140,9 @@ CASES = {   # name: spec, (query heads, kv heads), head_dim, capacity, lengths, 
     "window past the sliding one": ("quant,bits=4,window=32", (2, 1), 32, 150, [140, 100, 67, 31], BF16, 20, 16),
     "16 bits, window past the sliding one": ("quant,window=32", (2, 1), 32, 150, [140, 32], BF16, 20, 1),
     "4 bits, GQA 7": ("quant,bits=4,window=0,sinks=0", (7, 1), 64, 80, [79], BF16, None, 1),
+    "2 bits, GQA 8": ("quant,bits=2", (8, 1), 128, 80, [75, 40], BF16, None, 2),
+    "4 bits, D 256": ("quant,bits=4", (4, 2), 256, 80, [75], BF16, None, 16),
+    "4 bits, fewer columns than a tile": ("quant,bits=4,window=1,sinks=0", (4, 1), 128, 20, [18, 0], BF16, None, 16),
     "3 bits, D 16": ("minicache,merge_from=0,bits=3", (2, 1), 16, 60, [55], FP16, None, 16),
 }
 
@@ -164,7 +168,7 @@ def test_in_the_interpreter() -> None:
 
 def test_splits_fill_whole_rounds() -> None:
     """Guards: a last round of few programs, programs of nothing, and exact columns that keep a row waiting."""
-    for rows, tiles, exact, resident, want in ((256, 128, 12, 1056, (4, 1)), (1024, 128, 0, 1056, (1, 1)), (8, 128, 12, 1056, (128, 6)),
+    for rows, tiles, exact, resident, want in ((256, 128, 12, 1056, (4, 1)), (1024, 128, 0, 1056, (1, 1)), (8, 128, 12, 1056, (128, 12)),
                                                (1, 1, 0, 1, (1, 1))):
         assert triton_attend.choose_splits(rows, tiles, exact, resident) == want
     for rows in (1, 7, 32, 200, 5000):
@@ -263,16 +267,16 @@ def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, recor
         line = f"sm_{capability}, {bits} bits: {registers} registers, {stack} bytes spilled, {shared} bytes shared"
         record_property(kernel.__name__, line)
         print(kernel.__name__, line)
-        assert stack == 0 and registers <= 255
+        assert stack <= (96 if bits <= 4 and D <= 128 else 0) and registers <= 255        # of the loop over codes see below
         # three programs a multiprocessor at least: that is what hides the latency of their loads
         assert shared * 3 <= {80: 164, 90: 227}[capability] * 1024
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("bits,heads,most", [(4, 4, 30), (3, 4, 28), (2, 4, 22), (4, 8, 34), (2, 8, 26), (4, 16, 46)])
+@pytest.mark.parametrize("bits,heads,most", [(4, 4, 22), (3, 4, 20), (2, 4, 17), (4, 8, 27), (2, 8, 22), (4, 16, 38)])
 def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, record_property, tmp_path: Path) -> None:
-    """Guards: codes that a GPU reads faster than it decodes: a lookup that grows, numbers that move through shared memory unasked, spills
-    in the loop."""
+    """Guards: codes that a GPU reads faster than it decodes: a lookup that grows, codes or numbers that move through shared memory, spills
+    in the loop; and a warp that waits for a load where it was begun, for what the loop takes is then the memory's latency."""
     import triton
     kernel, _, arguments, options = plan(bits, D=128, dtype=BF16, G=32 // heads)[0]
     compiled(kernel, arguments, options, 90, tmp_path)
@@ -281,8 +285,14 @@ def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, recor
     labels = {line.strip(": \t"): i for i, line in enumerate(lines) if re.match(r"\s*\.L\S+:", line)}
     ends = ((labels.get(match[1], i), i) for i, line in enumerate(lines) if (match := re.search(r"BRA.*`\((\.L\S+)\)", line)))
     loop = next(lines[begin:end + 1] for begin, end in ends if begin < end and any("IMMA" in line for line in lines[begin:end]))
-    count = sum(";" in line for line in loop) * options["num_warps"] / arguments["BLOCK"]
-    line = f"sm_90, {bits} bits, {heads} heads a kv head: {count:.1f} instructions a column"
+    loop = [line for line in loop if ";" in line]
+    loads = {i: int(match[1]) for i, line in enumerate(loop) if (match := re.search(r"LDG\S* R(\d+),", line))}
+    used = [next(n for n in range(1, len(loop)) if re.search(rf"\bR{at}\b", loop[(i + n) % len(loop)])) for i, at in loads.items()]
+    count = len(loop) * options["num_warps"] / arguments["BLOCK"]
+    spilled, stored = (sum(name in line for line in loop) for name in (" LDL", " STS"))
+    line = (f"sm_90, {bits} bits, {heads} heads a kv head: {count:.1f} instructions a column, {spilled} words a tile spilled; "
+            f"a load is used {min(used)} later")
     record_property("merged loop", line)
     print(line)
-    assert count < most and (heads > 8 or not any("LDL" in line for line in loop))
+    assert count < most and min(used) > 30
+    assert stored <= 12 and (heads > 8 or spilled <= 8)

@@ -23,7 +23,16 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out
 
 
-OPERATIONS = {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "prmt.b32": prmt,
+def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """PTX lop3.b32: bit by bit, the bit of `table` at 4 a + 2 b + c."""
+    out = np.zeros_like(a)
+    for i in range(8):
+        if table[0] >> i & 1:
+            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
+OPERATIONS = {"lop3.b32": lop3, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "prmt.b32": prmt,
               "shl.b32": np.left_shift, "shr.u32": np.right_shift, "add.u32": np.add, "mov.b32": np.copy, "mov.u32": np.copy}
 
 
@@ -41,37 +50,48 @@ def run_ptx(text: str, constraints: str, inputs: list[np.ndarray]) -> list[np.nd
     return [register[f"${i}"] for i in range(n)]
 
 
-@pytest.mark.parametrize("pairs", [False, True], ids=["K", "V"])
-@pytest.mark.parametrize("bits", [4, 2])
-def test_assembly_numbers_every_byte(bits: int, pairs: bool) -> None:
-    """Guards: a code, a place or an order wrong in the lookup, against the grid's number of each code of all bytes."""
-    from cache.kernels.triton_codes import BASE, GRID, number_asm, slots
-    packed = torch.randint(0, 256, (4096, 2), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    packed[:256, 0] = packed[256:512, 1] = torch.arange(256)
-    codes = packed[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & 2 ** bits - 1         # [column, byte, place]
-    want = torch.tensor(GRID.value[bits][0])[codes.int()]
-    for slot in range(slots(bits, pairs)):
-        out = run_ptx(number_asm(bits, slot, pairs), "=r,r", [packed.numpy().reshape(-1).view(np.uint32)])[0]
-        if pairs:       # a unit of two bytes gives one code of them
-            got = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).float() - BASE.value
-            assert torch.equal(got, want[:, slot % 2, slot // 2].float()), f"slot {slot}"
-        else:
-            assert torch.equal(torch.from_numpy(out.view(np.int8)).view(-1, 2).long(), want[..., slot]), f"slot {slot}"
+def unpacked(packed: torch.Tensor, bits: int, D: int) -> torch.Tensor:
+    """The grid's number of each coordinate [..., D] by the codec."""
+    from cache.kernels.triton_codes import GRID
+    codec = Codec(bits, rotation_matrix(D).float())
+    codec.levels.copy_(torch.tensor(GRID.value[bits][0]))
+    return codec.decode(packed)
 
 
-@pytest.mark.parametrize("to_bf16", [False, True], ids=["K", "V"])
-def test_assembly_numbers_every_byte_of_3_bits(to_bf16: bool) -> None:
-    """Guards: a code or an order wrong in the lookup, against the codec's own decoding of all bytes of both planes."""
-    from cache.kernels.triton_codes import BASE, GRID, number_asm_3
-    D = 64
-    codec = Codec(3, rotation_matrix(D).float())
-    codec.levels.copy_(torch.tensor(GRID.value[3][0]))
-    packed = torch.randint(0, 256, (512, D * 3 // 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+def words(x: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.numpy()).view(np.uint32)
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_assembly_numbers_every_code(bits: int, D: int) -> None:
+    """Guards: a code, a place or an order wrong in the lookup of K or V, against the codec's own decoding of all bytes."""
+    from cache.kernels.triton_codes import BASE, k_asm, slots, turns, v_asm, v_shape, v_slots
+    packed = torch.randint(0, 256, (512, D * bits // 8), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     packed[:256] = torch.arange(256, dtype=torch.uint8)[:, None]
-    low, j = packed[:, :D // 4].contiguous(), torch.arange(D // 4)
-    high = packed[:, D // 4 + j % (D // 8)].contiguous()
-    odd = (255 * (j >= D // 8)).to(torch.uint8).expand(512, -1).contiguous()
-    n, inputs = 8 if to_bf16 else 4, [t.numpy().view(np.uint32).reshape(-1) for t in (low, high, odd)]
-    out = np.stack(run_ptx(number_asm_3(to_bf16), ",".join(["=r"] * n + ["r"] * 3), inputs), 1).reshape(512, D // 16, 4, n // 4)
-    out = torch.from_numpy(np.ascontiguousarray(out.transpose(0, 2, 1, 3)).view(np.int16 if to_bf16 else np.int8).reshape(512, D))
-    assert torch.equal(out.view(torch.bfloat16).float() - BASE.value if to_bf16 else out.float(), codec.decode(packed))
+    want, each = unpacked(packed, bits, D), D // slots(bits)
+    low, high = packed[:, :each], packed[:, each:]
+    # K: a register has a word of the low plane
+    byte, n = torch.arange(each), slots(bits)
+    inputs = [words(low)]
+    if bits == 3:
+        inputs += [words(high[:, byte % (D // 8)]), words((byte >= D // 8).to(torch.uint8).expand(512, -1).contiguous())]
+    out = run_ptx(k_asm(bits), ",".join(["=r"] * n + ["r"] * len(inputs)), [x.reshape(-1) for x in inputs])
+    for slot in range(n):
+        got = torch.from_numpy(out[slot].view(np.int8)).view(512, each)
+        at = byte // 4 * 4 + slot // turns(bits) * 2 + byte % 4 // 2 + (byte % 2 * turns(bits) + slot % turns(bits)) * each
+        assert torch.equal(got.float(), want[:, at]), f"K, slot {slot}"
+    # V: two registers have the units of two columns
+    (units, count), n = v_shape(D, bits), v_slots(D)
+    unit = np.arange(units)
+    word, shift = unit % count, unit // count * (32 * count // units)
+    unit, word, shift = (x[word * 4 < each] for x in (unit, word, shift))
+    inputs = [words(low)[:, word] >> shift]
+    if bits == 3:
+        inputs += [words(high)[:, word % (D // 32)] >> (shift + (4 * word >= D // 8))]
+    pairs = [np.ascontiguousarray(x[i::2]).reshape(-1) for x in inputs for i in range(2)]
+    out = run_ptx(v_asm(bits, n), ",".join(["=r"] * n + ["r"] * len(pairs)), [x.astype(np.uint32) for x in pairs])
+    for slot in range(n):
+        got = torch.from_numpy(out[slot].view(np.int16)).view(torch.bfloat16).view(256, len(unit), 2).transpose(1, 2).reshape(512, -1)
+        at = word * 4 + shift // 8 + slot // (2 * turns(bits)) + (slot % 2 * turns(bits) + slot // 2 % turns(bits)) * each
+        assert torch.equal(got.float() - BASE.value, want[:, at]), f"V, slot {slot}"

@@ -74,22 +74,20 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     tensors = tensors | {name: tensors["k"] for name in ("k_retained", "v_retained", "k_window", "v_window") if not tensors[name].numel()}
     bits = [x.shape[-1] * 8 // D if x.dtype == torch.uint8 else 16 for x in (k_stored, v_stored)]
     wide = q.dtype == torch.float32
-    numbers = [b <= 4 and not wide for b in bits]
-    pairs = numbers[1] and bits[1] != 3
-    slots = [codes.slots(bits[0]), codes.slots(bits[1], pairs)]
-    widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D // slots[1]))]     # int8 takes 32 at a time
-    # 1. sizes of a program: a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then columns by registers.
-    # Numbers of V want 32 columns a warp: with 16 and one warp 2 bits came out wrong on an H200 (triton 3.6), why is not known
-    warps = min(max(widths[1] // 16, 1), 4)
-    block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if max(bits) <= 4 or numbers[1] else 16, 8))
-    # 2. registers of a thread: left alone the loop over merged columns takes up to 184 with 4 query heads a kv head and all 255 with 16;
-    # with these more programs are resident and it spills nothing, but up to 20 words of 2-bit V with more than 4 heads (sm_90; the loop
-    # over exact columns does at 2 bits of more than 64)
+    numbers = [codes.becomes_numbers(b, D, q.dtype) for b in bits]
+    slots = [codes.slots(bits[0]), codes.v_slots(D) if numbers[1] else codes.slots(bits[1])]
+    widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D) // slots[1])]     # int8 takes 32 at a time
+    # 1. sizes of a program: one warp and 32 columns for numbers of V, as it loads them for itself; else a warp for every 16 coordinates
+    # of a slot of V, so that no two warps do the same; then columns by registers
+    warps = 1 if numbers[1] else min(max(widths[1] // 16, 1), 4)
+    block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if numbers[1] else 16, 8))
+    # 2. registers of a thread: left alone the program takes 155 with 4 query heads a kv head and all 255 with 16; with these more programs
+    # are resident, and up to 8 words a tile spill in the loop over codes (sm_90), up to 24 outside of it
     free = wide or D > 128 or heads > 8 or 3 in bits and D % 64
     registers = 255 if free else 168 if heads > 4 or 8 in bits else 144 if 3 in bits else 128
     # 3. how many programs share a row
     resident = max(1, sms * (REGISTERS // registers) // warps)
-    splits, exact_splits = choose_splits(rows, max(-(-N // block), 1), -(-(R + W) // exact_block), resident)
+    splits, exact_splits = choose_splits(rows, max(-(-N // block), 1), -(-(R + W) // (16 if numbers[1] else 2 * exact_block)), resident)
     partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
@@ -97,25 +95,25 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     split = tensors | sizes | shape | dict(
         partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
         V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
-        V_PAIRS=pairs, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
+        WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     combine = sizes | shape | dict(
         partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
-        SPLITS=power_of_2(exact_splits + splits), TILE=16)
+        SPLITS=power_of_2(exact_splits + splits), TILE=min(16, power_of_2(exact_splits + splits)))
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
     return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
-            (kernels.combine_splits, (rows, heads), combine, {"num_warps": 4})]
+            (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if exact_splits + splits <= 4 else 4})]
 
 
 @functools.cache
 def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int) -> tuple[int, int]:
     """How many programs share the merged tiles of a full row, and how many its exact tiles.
 
-    Whole rounds of `resident` programs, merged ones alone, take the least time if a program's start and end count as two tiles. An exact
-    tile counts as half a one; its programs come first and get no more to do than the others.
+    Whole rounds of `resident` programs, merged ones alone, take the least time if a program's start and end count as two tiles. Programs
+    of exact tiles come first and get no more to do than the others.
     """
     n = min(range(1, tiles + 1), key=lambda n: -(-rows * n // resident) * (-(-tiles // n) + 2))
-    return n, max(1, -(-exact_tiles // (2 * -(-tiles // n))))
+    return n, max(1, -(-exact_tiles // -(-tiles // n)))
 
 
 def power_of_2(n: int) -> int:

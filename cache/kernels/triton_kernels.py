@@ -3,22 +3,25 @@
 `attend_splits` gives every (row, kv head) several programs, each of which attends to a share of the columns; `combine_splits` weighs their
 results by log-sum-exp. Tiles stand with columns along M and the query heads of a kv head along N (8 at least): codes are decoded in
 registers, tensor cores see no padded heads beyond 8, and every head uses a decoded column. A vector is a tuple of slots: triton_codes.py.
+Trap: Triton puts the change of a loaded tensor's layout right after its load, where the warp then waits: what is loaded in one layout and
+used in another is converted late, or used by the next turn of the loop.
 """
 import triton
 import triton.language as tl
 
-from cache.kernels.triton_codes import (
-    BASE,
-    MIDDLE,
+from cache.kernels.triton_codes import BASE, MIDDLE, grid_step, v_coordinates
+from cache.kernels.triton_operands import (
     coarse_and_fine,
-    coordinates,
     decode,
+    decode_k,
+    decode_v,
     deinterleave,
-    grid_step,
     interleave,
+    load_k,
     load_query,
     load_query_numbers,
     load_stored,
+    load_v,
 )
 
 
@@ -50,14 +53,21 @@ def add_tile(acc, p, v, fade):
 
 
 @triton.jit
+def two_parts(p):
+    """p [BLOCK, HP] fp32 -> [BLOCK, 2 HP] bf16: what 8 bits hold of it, and what they leave, side by side."""
+    coarse = (p.to(tl.uint32, bitcast=True) & 0xffff0000).to(tl.float32, bitcast=True)
+    return interleave(coarse, p - coarse).to(tl.bfloat16)
+
+
+@triton.jit
 def store_split(partial, lse, at, top, total, acc, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-                BITS: tl.constexpr, PAIRS: tl.constexpr):
+                BITS: tl.constexpr, NUMBERS: tl.constexpr):
     """One program's normalised sum [HEADS, D] and the log of its weight [HEADS], about -1e30 where it saw nothing."""
     h = tl.arange(0, HP)
     total = tl.maximum(total, 1e-30)
     tl.store(lse + at * HEADS + h, top + tl.log2(total), mask=h < HEADS)
     for slot in tl.static_range(len(acc)):
-        d = coordinates(slot, P, D, BITS, PAIRS)
+        d = v_coordinates(slot, P, D, BITS, NUMBERS)
         mask = (h < HEADS)[None, :] & (d < D)[:, None]
         tl.store(partial + at * HEADS * D + h[None, :] * D + d[:, None], acc[slot] / total[None, :], mask=mask)
 
@@ -78,8 +88,8 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
                   retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, N, R, W, sliding_window, exact_splits,
                   G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                   K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, KP: tl.constexpr,
-                  VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, V_PAIRS: tl.constexpr, SCALED: tl.constexpr,
-                  MASKED: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                  VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+                  WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Program (row and kv head, split): splits below `exact_splits` take retained and window slots and the new token, the others merged
     columns. Tensors as in `minicache::attend`, contiguous, `index` picked; partial [B G, splits, HEADS, D], lse [B G, splits, HEADS] fp32.
     HP, HE: heads, padded, in merged and in exact columns.
@@ -107,32 +117,52 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             acc += (tl.zeros([VP, 2 * HP if V_NUMBERS else HP], tl.float32),)
         k_stored += row * N * (D if K_BITS == 16 else D * K_BITS // 8)
         v_stored += row * N * (D if V_BITS == 16 else D * V_BITS // 8)
-        begin = (tile + (split - exact_splits) * each) * BLOCK
+        begin, room = (tile + (split - exact_splits) * each) * BLOCK, tl.maximum(N - BLOCK, 0)
+        # where K and V become numbers a tile's V waits until the next tile's K is under way: no load is waited for, and the products of
+        # one tile fill the gaps of the other's
+        LATER: tl.constexpr = K_NUMBERS and V_NUMBERS
+        parts, fade = tl.zeros([BLOCK, 2 * HP], tl.bfloat16), tl.full([HP], 1.0, tl.float32)
+        if LATER:
+            v_packed = load_v(v_stored, tl.minimum(begin, room), N, V_BITS, D, BLOCK, WHOLE)
         for start in tl.range(begin, tl.minimum(begin + each * BLOCK, end), BLOCK, num_stages=STAGES):
-            column = start + tl.arange(0, BLOCK)
-            seen = (column - first).to(tl.uint32, bitcast=True) < (end - first).to(tl.uint32, bitcast=True)       # first <= column < end
-            k_packed = load_stored(k_stored, column, seen, K_BITS, D, K_SLOTS, KP, False, False)
-            v_packed = load_stored(v_stored, column, seen, V_BITS, D, V_SLOTS, VP, V_PAIRS, True)
-            k_scale, v_scale = tl.full([BLOCK], 1.0, tl.float32), tl.full([BLOCK], 1.0, tl.float32)
+            origin = tl.minimum(start, room)                # the last tile may begin before its first column: it reads nothing past N
+            column = origin + tl.arange(0, BLOCK)
+            seen = (column >= tl.maximum(start, first)) & (column < end)
+            if K_NUMBERS:
+                k_packed = load_k(k_stored, origin, N, K_BITS, D, KP, BLOCK, WHOLE)
+            else:
+                k_packed = load_stored(k_stored, column, seen, K_BITS, D, K_SLOTS, KP, False)
             if SCALED:
-                k_scale = tl.load(k_magnitude + row * N + column, mask=seen, other=0).to(tl.float32)
-                v_scale = tl.load(v_magnitude + row * N + column, mask=seen, other=0).to(tl.float32)
+                k_scale = tl.load(k_magnitude + row * N + column, mask=seen, other=0)
+                v_scale = tl.load(v_magnitude + row * N + column, mask=seen, other=0)
             if MASKED:
                 seen = seen & (tl.load(exact + row * N + column, mask=seen, other=1) == 0)
-            score = products(query, decode(k_packed, k_levels, K_BITS, D, K_SLOTS, DTYPE, K_NUMBERS, False))
+            if LATER:
+                acc = add_tile(acc, parts, decode_v(v_packed, V_BITS, V_SLOTS), interleave(fade, fade))
+            if V_NUMBERS:
+                v_packed = load_v(v_stored, origin, N, V_BITS, D, BLOCK, WHOLE)
+            else:
+                v_packed = load_stored(v_stored, column, seen, V_BITS, D, V_SLOTS, VP, True)
             if K_NUMBERS:
-                score = (coarse_and_fine(score) - middle[None, :]).to(tl.float32)
-            top, p, fade = online_softmax(top, score * unit[None, :] * k_scale[:, None], seen)
+                score = (coarse_and_fine(products(query, decode_k(k_packed, D, K_BITS))) - middle[None, :]).to(tl.float32)
+            else:
+                score = products(query, decode(k_packed, k_levels, K_BITS, D, K_SLOTS, DTYPE, False))
+            score *= unit[None, :]
+            if SCALED:
+                score *= k_scale.to(tl.float32)[:, None]
+            top, p, fade = online_softmax(top, score, seen)
             totals = totals * fade[None, :] + (p if V_NUMBERS else tl.sum(p, 0)[None, :])
-            p *= v_scale[:, None]
-            # V is decoded only now: its tiles take the place of K's in shared memory and registers
-            values = decode(v_packed, v_levels, V_BITS, D, V_SLOTS, DTYPE, V_NUMBERS, True)
+            if SCALED:
+                p *= v_scale.to(tl.float32)[:, None]
             if V_NUMBERS:
                 weights = weights * fade[None, :] + p
-                coarse = p.to(tl.bfloat16)
-                acc = add_tile(acc, interleave(coarse, (p - coarse.to(tl.float32)).to(tl.bfloat16)), values, interleave(fade, fade))
-            else:
-                acc = add_tile(acc, p.to(DTYPE), values, fade)
+                parts = two_parts(p)
+                if not LATER:
+                    acc = add_tile(acc, parts, decode_v(v_packed, V_BITS, V_SLOTS), interleave(fade, fade))
+            else:           # V is decoded only now: its tiles take the place of K's in shared memory and registers
+                acc = add_tile(acc, p.to(DTYPE), decode(v_packed, v_levels, V_BITS, D, V_SLOTS, DTYPE, True), fade)
+        if LATER:
+            acc = add_tile(acc, parts, decode_v(v_packed, V_BITS, V_SLOTS), interleave(fade, fade))
         sums = acc
         if V_NUMBERS:
             STEP: tl.constexpr = grid_step(V_BITS)
@@ -141,7 +171,7 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             for slot in tl.static_range(V_SLOTS):
                 coarse, fine = deinterleave(acc[slot])
                 sums += ((coarse + fine - weight[None, :]) * STEP,)
-        store_split(partial, lse, at, top, tl.sum(totals, 0), sums, HEADS, HP, D, VP, V_BITS, V_PAIRS)
+        store_split(partial, lse, at, top, tl.sum(totals, 0), sums, HEADS, HP, D, VP, V_BITS, V_NUMBERS)
     else:
         d = tl.arange(0, DP)
         own_query = load_query(q + row * HEADS * D, HEADS, HE, D, 16, 1, DP, DTYPE)
@@ -162,12 +192,13 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             kept_score = tl.load(retained_score + row * R + slot, mask=kept, other=0.0)
             counts = (slot < R + W) & (pos >= first) & ((kept_score > least) | (slot >= R))
             if tl.max(counts.to(tl.int32), 0) > 0:            # empty slots cost their scores only
-                k_at = tl.where(kept, k_retained + (row * R + slot) * D, k_window + (row * W + slot - R) * D)
-                v_at = tl.where(kept, v_retained + (row * R + slot) * D, v_window + (row * W + slot - R) * D)
-                tile_k = tl.load(k_at[:, None] + d[None, :], mask=counts[:, None] & (d < D)[None, :], other=0)
+                there = tl.minimum(slot, R + W - 1)           # what does not count is read, too: it weighs nothing
+                k_at = tl.where(kept, k_retained + (row * R + there) * D, k_window + (row * W + there - R) * D)
+                v_at = tl.where(kept, v_retained + (row * R + there) * D, v_window + (row * W + there - R) * D)
+                tile_k = tl.load(k_at[:, None] + d[None, :], mask=(d < D)[None, :], other=0)
                 own_top, own_p, own_fade = online_softmax(own_top, products(own_query, (tile_k,)) * scale, counts)
                 total = total * own_fade + tl.sum(own_p, 0)
-                tile_v = tl.load(v_at[None, :] + d[:, None], mask=counts[None, :] & (d < D)[:, None], other=0)
+                tile_v = tl.load(v_at[None, :] + d[:, None], mask=(d < D)[:, None], other=0)
                 own_acc = add_tile(own_acc, own_p.to(DTYPE), (tile_v,), own_fade)
         store_split(partial, lse, at, own_top, total, own_acc, HEADS, HE, D, DP, 16, False)
 
