@@ -140,7 +140,7 @@ CASES = {   # name: spec, (query heads, kv heads), head_dim, capacity, lengths, 
     "window past the sliding one": ("quant,bits=4,window=32", (2, 1), 32, 150, [140, 100, 67, 31], BF16, 20, 16),
     "16 bits, window past the sliding one": ("quant,window=32", (2, 1), 32, 150, [140, 32], BF16, 20, 1),
     "4 bits, GQA 7": ("quant,bits=4,window=0,sinks=0", (7, 1), 64, 80, [79], BF16, None, 1),
-    "2 bits, GQA 8": ("quant,bits=2", (8, 1), 128, 80, [75, 40], BF16, None, 2),
+    "2 bits, GQA 8": ("quant,bits=2", (16, 2), 128, 80, [75, 40], BF16, None, 2),
     "4 bits, D 256": ("quant,bits=4", (4, 2), 256, 80, [75], BF16, None, 16),
     "4 bits, fewer columns than a tile": ("quant,bits=4,window=1,sinks=0", (4, 1), 128, 20, [18, 0], BF16, None, 16),
     "3 bits, D 16": ("minicache,merge_from=0,bits=3", (2, 1), 16, 60, [55], FP16, None, 16),
@@ -218,19 +218,19 @@ def test_the_grid_is_fine_beside_the_codes(bits: int) -> None:
     assert 0 < (on_grid - coded).square().mean() < 0.02 * (coded - exact).square().mean()
 
 
-def plan(bits: int, *, D: int, dtype: torch.dtype, G: int = 8) -> list[tuple]:
-    """What would be launched for 4 rows of 32 heads at 8,192 tokens, on meta tensors; 16 bits: the full cache."""
+def plan(bits: int, *, D: int, dtype: torch.dtype, G: int = 8, B: int = 4) -> list[tuple]:
+    """What would be launched for B rows of 32 heads at 8,192 tokens, on meta tensors; 16 bits: the full cache."""
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    B, H, N, W, R = (4, 32, 8192, 0, 0) if bits == 16 else (4, 32, 8176, 16, 164)
+    H, N, W, R = (32, 8192, 0, 0) if bits == 16 else (32, 8176, 16, 164)
     stored = make(B, G, N, D, dtype=dtype) if bits == 16 else make(B, G, N, D * bits // 8, dtype=torch.uint8)
     one = {"stored": stored, "magnitude": make(0) if bits == 16 else make(B, G, N, dtype=FP16), "retained": make(B, G, R, D, dtype=dtype),
            "window": make(B, G, W, D, dtype=dtype), "levels": make(2 ** bits if bits < 16 else 0)}
     tensors = {f"{x}_{kind}": tensor for x in "kv" for kind, tensor in one.items()}
     tensors |= dict(q=make(B, H, D, dtype=dtype), q_rotated=make(B, H, D), k=make(B, G, D, dtype=dtype), v=make(B, G, D, dtype=dtype),
                     length=make(B, dtype=torch.int64), exact=make(B, G, N if R else 0, dtype=torch.bool), threshold=make(B, G),
-                    retained_pos=make(B, G, R, dtype=torch.int32), retained_score=make(B, G, R))
+                    retained_pos=make(B, G, R, dtype=torch.int32), retained_score=make(B, G, R), rotation=make(D, D))
     return triton_attend.launches(tensors, make(B, H, D), make(B, H, D), sliding_window=0, sms=132)
 
 
@@ -262,7 +262,7 @@ def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Pa
     (80, 4, 128), (90, 4, 128), (90, 3, 96), (80, 3, 128), (90, 2, 64), (90, 4, 256), (90, 8, 128), (90, 16, 128)])
 def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, record_property, tmp_path: Path) -> None:
     """Guards: what only the compiler refuses, registers that spill to memory, shared memory beyond the chip's (164 KB, 227 KB)."""
-    for kernel, _, arguments, options in plan(bits, D=D, dtype=BF16):
+    for kernel, _, arguments, options in [*plan(bits, D=D, dtype=BF16), *plan(bits, D=D, dtype=BF16, B=64)[-1:]]:
         registers, stack, shared = compiled(kernel, arguments, options, capability, tmp_path)
         line = f"sm_{capability}, {bits} bits: {registers} registers, {stack} bytes spilled, {shared} bytes shared"
         record_property(kernel.__name__, line)
@@ -278,7 +278,7 @@ def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, recor
     """Guards: codes that a GPU reads faster than it decodes: a lookup that grows, codes or numbers that move through shared memory, spills
     in the loop; and a warp that waits for a load where it was begun, for what the loop takes is then the memory's latency."""
     import triton
-    kernel, _, arguments, options = plan(bits, D=128, dtype=BF16, G=32 // heads)[0]
+    kernel, _, arguments, options = plan(bits, D=128, dtype=BF16, G=32 // heads, B=32)[-2]
     compiled(kernel, arguments, options, 90, tmp_path)
     tool = Path(triton.knobs.nvidia.cuobjdump.path).with_name("nvdisasm")
     lines = subprocess.run([tool, "-c", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout.splitlines()

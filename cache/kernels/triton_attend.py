@@ -44,14 +44,14 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
     stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
               "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
     tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
-    q_rotated = q.float() @ rotation if k_levels.numel() else rotation
-    tensors |= dict(q=q, q_rotated=q_rotated, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos,
-                    retained_score=retained_score, threshold=threshold, k_levels=k_levels, v_levels=v_levels)
+    tensors |= dict(q=q, q_rotated=torch.empty(q.shape, device=q.device), rotation=rotation, k=k, v=v, length=length.contiguous(),
+                    exact=exact, retained_pos=retained_pos, retained_score=retained_score, threshold=threshold, k_levels=k_levels,
+                    v_levels=v_levels)
     with torch.cuda.device_of(q):
         sms = multiprocessors(q.device)
         for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
             kernel[grid](**arguments, **options)
-    if v_levels.numel():
+    if v_levels.numel() and "y_rotated" in arguments:
         y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
     return y[:, :, None]
 
@@ -61,7 +61,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
-    """The two launches as (kernel, grid, arguments by name, options), for the operator's tensors of one layer (`index` picked).
+    """The launches as (kernel, grid, arguments by name, options), for the operator's tensors of one layer (`index` picked).
 
     Work for `sms` multiprocessors; on meta tensors it plans only, which is what compiling ahead of time needs.
     """
@@ -92,17 +92,23 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
     shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
+    turn = dict(rotation=tensors.pop("rotation"), D=D, DP=shape["DP"], STEP=min(4096 // shape["DP"], shape["DP"]),
+                PRECISION="ieee" if wide else "tf32x3")
     split = tensors | sizes | shape | dict(
         partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
         V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
         WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
-    combine = sizes | shape | dict(
-        partial=partial, lse=lse, length=tensors["length"], y=y, y_rotated=y_rotated, n_splits=exact_splits + splits, V_CODED=bits[1] < 16,
-        SPLITS=power_of_2(exact_splits + splits), TILE=min(16, power_of_2(exact_splits + splits)))
+    n_splits = exact_splits + splits
+    combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
-    return [(kernels.attend_splits, (rows, exact_splits + splits), split, options),
-            (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if exact_splits + splits <= 4 else 4})]
+    out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
+    if bits[0] < 16:
+        out.insert(0, (kernels.rotate, grid, turn | dict(x=q, out=tensors["q_rotated"], count=rows * heads), {"num_warps": 8}))
+    if bits[1] < 16 and n_splits <= 8:
+        return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
+    combine |= dict(y_rotated=y_rotated, V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
+    return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]
 
 
 @functools.cache

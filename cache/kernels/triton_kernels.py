@@ -228,3 +228,44 @@ def combine_splits(partial, lse, length, y, y_rotated, N, W, sliding_window, exa
     out = (row * HEADS + head) * D + d
     tl.store(y + out, plain, mask=d < D)
     tl.store(y_rotated + out, rotated, mask=d < D)
+
+
+# -- to and from the rotated basis: 16 vectors a program, so that the rotation is read once for 16 -----------------------------------------
+@triton.jit
+def rotate(x, rotation, out, count, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """x [count, D] @ rotation [D, D] -> out [count, D] fp32."""
+    i, d = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None], tl.arange(0, DP)[None, :]
+    sums = tl.zeros([16, DP], tl.float32)
+    for start in tl.static_range(0, DP, STEP):
+        c = start + tl.arange(0, STEP)
+        part = tl.load(x + i * D + c[None, :], mask=(i < count) & (c < D)[None, :], other=0).to(tl.float32)
+        turn = tl.load(rotation + c[:, None] * D + d, mask=(c < D)[:, None] & (d < D), other=0)
+        sums = tl.dot(part, turn, sums, input_precision=PRECISION)
+    tl.store(out + i * D + d, sums, mask=(i < count) & (d < D))
+
+
+@triton.jit
+def combine_and_rotate(partial, lse, length, rotation, y, count, N, W, sliding_window, exact_splits, n_splits, G: tl.constexpr,
+                       HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+                       STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """`combine_splits` for 16 of the `count` query heads, of few splits, and back to the basis of the exact columns: y [count, D]."""
+    i, d, s = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, DP)[None, :], tl.arange(0, SPLITS)[None, :]
+    row, here = (i // HEADS).to(tl.int64), i < count
+    n = tl.load(length + row // G, mask=here, other=0).to(tl.int32)
+    _, _, _, _, active = plan_row(n, N, W, sliding_window, n_splits - exact_splits, BLOCK)
+    used = (s < (exact_splits + active)[:, None]) & here[:, None]
+    at = (row * n_splits * HEADS + i % HEADS)[:, None] + s * HEADS
+    weight = tl.load(lse + at, mask=used, other=-1e30)
+    weight = tl.where(used, tl.exp2(weight - tl.max(weight, 1)[:, None]), 0.0)
+    weight /= tl.maximum(tl.sum(weight, 1), 1e-30)[:, None]
+    sums = tl.zeros([16, DP], tl.float32)
+    for split in range(exact_splits):
+        own = tl.sum(tl.where(s == split, at, 0), 1)[:, None] * D + d
+        sums += tl.load(partial + own, mask=here[:, None] & (d < D), other=0) * tl.sum(tl.where(s == split, weight, 0.0), 1)[:, None]
+    merged = used & (s >= exact_splits)
+    for start in tl.static_range(0, DP, STEP):
+        c = start + tl.arange(0, STEP)
+        part = tl.load(partial + at[:, :, None] * D + c[None, None, :], mask=merged[:, :, None] & (c < D)[None, None, :], other=0)
+        turn = tl.load(rotation + d * D + c[:, None], mask=(c < D)[:, None] & (d < D), other=0)
+        sums = tl.dot(tl.sum(part * weight[:, :, None], 1), turn, sums, input_precision=PRECISION)
+    tl.store(y + i.to(tl.int64)[:, None] * D + d, sums, mask=here[:, None] & (d < D))
