@@ -16,7 +16,9 @@ from cache.kernels.triton_operands import (
     decode_k,
     decode_v,
     deinterleave,
+    exact_coordinates,
     interleave,
+    load_exact,
     load_k,
     load_query,
     load_query_numbers,
@@ -174,8 +176,9 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
         store_split(partial, lse, at, top, tl.sum(totals, 0), sums, HEADS, HP, D, VP, V_BITS, V_NUMBERS)
     else:
         d = tl.arange(0, DP)
-        own_query = load_query(q + row * HEADS * D, HEADS, HE, D, 16, 1, DP, DTYPE)
-        own_k = tl.load(k + row * D + d, mask=d < D, other=0).to(tl.float32)
+        head = tl.minimum(tl.arange(0, HE), HEADS - 1)          # pads: the last one
+        own_query, order = (tl.trans(load_exact(q + (row * HEADS + head) * D, D, DP)),), exact_coordinates(DP)
+        own_k = tl.load(k + row * D + order, mask=order < D, other=0).to(tl.float32)
         own_v = tl.load(v + row * D + d, mask=d < D, other=0).to(tl.float32)
         own = split == 0                                    # the new token counts once; it keeps every sum finite
         own_score = tl.sum(own_query[0].to(tl.float32) * own_k[:, None], 0) * scale
@@ -195,10 +198,10 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
                 there = tl.minimum(slot, R + W - 1)           # what does not count is read, too: it weighs nothing
                 k_at = tl.where(kept, k_retained + (row * R + there) * D, k_window + (row * W + there - R) * D)
                 v_at = tl.where(kept, v_retained + (row * R + there) * D, v_window + (row * W + there - R) * D)
-                tile_k = tl.load(k_at[:, None] + d[None, :], mask=(d < D)[None, :], other=0)
+                tile_k = load_exact(k_at, D, DP)
+                tile_v = tl.load(v_at[None, :] + d[:, None], mask=(d < D)[:, None], other=0)
                 own_top, own_p, own_fade = online_softmax(own_top, products(own_query, (tile_k,)) * scale, counts)
                 total = total * own_fade + tl.sum(own_p, 0)
-                tile_v = tl.load(v_at[None, :] + d[:, None], mask=(d < D)[:, None], other=0)
                 own_acc = add_tile(own_acc, own_p.to(DTYPE), (tile_v,), own_fade)
         store_split(partial, lse, at, own_top, total, own_acc, HEADS, HE, D, DP, 16, False)
 

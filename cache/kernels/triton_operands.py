@@ -109,6 +109,27 @@ def flip(x):
 
 
 @triton.jit
+def exact_coordinates(DP: tl.constexpr):
+    """The coordinates [DP] in the order of `load_exact`."""
+    i = tl.arange(0, DP)
+    return i // 32 * 32 + i // 2 % 4 * 8 + i // 8 % 4 * 2 + i % 2 if DP >= 32 else i
+
+
+@triton.jit
+def load_exact(at, D: tl.constexpr, DP: tl.constexpr):
+    """Vectors at `at` [BLOCK] -> [BLOCK, DP]. A tensor core of bf16 wants two coordinates at 2 t of every eight from thread t of four, here
+    it has eight in a row of every 32."""
+    if DP >= 32:
+        BLOCK: tl.constexpr = at.shape[0]
+        d = (tl.arange(0, DP // 32)[:, None, None] * 32 + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
+        x = load(at[None, :, None, None] + d[:, None, :, :], d[:, None, :, :] < D, D == DP)
+        return x.reshape(DP // 32, BLOCK, 4, 4, 2).permute(1, 0, 3, 2, 4).reshape(BLOCK, DP)
+    else:
+        d = tl.arange(0, DP)[None, :]
+        return tl.load(at[:, None] + d, mask=d < D, other=0)
+
+
+@triton.jit
 def decode_k(packed, D: tl.constexpr, BITS: tl.constexpr):
     """What `load_k` gave -> a tuple of slots [BLOCK, P] int8."""
     low, high = packed
