@@ -38,7 +38,7 @@ class LayerGroup(nn.Module):
     layers: tuple[int, ...]
     sliding_window: int | None = None
     form: str = "reference"         # of attention for one new token per row: see cache/kernels
-    commits_fast: bool = False      # `form` holds for storing, too: "cpp" any tokens, "triton" a step's
+    commits_fast: bool = False      # `form` holds for storing, too
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:

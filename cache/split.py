@@ -179,8 +179,20 @@ class SplitGroup(LayerGroup):
             for x, new in leaving.items():
                 both = torch.cat((getattr(self, f"{x}_window")[:, b[:, 0, 0]], new.to(self.k_window.dtype)), 3)
                 leaving[x] = both.gather(3, lane.expand(*both.shape[:3], T, both.shape[4]))
-        # 2. merged, in place; lanes that hold no leaving token write to the spare column
-        to = torch.where(leaves, pos, last)[:, None]
+        # 2. merged, in place
+        if self.commits_fast and self.form == "triton":
+            distances = self.store_fast(k, v, length, n_new, rows)
+        else:       # lanes that hold no leaving token write to the spare column
+            distances = self.store(leaving, torch.where(leaves, pos, last)[:, None], b, g)
+        # 3. retained: the R largest scores so far
+        if self.R:
+            self.retain(leaving, sum(distances) / len(distances) if distances else None, pos, leaves, b, g)
+        # 4. the ring takes the newest tokens
+        if W:
+            self.write_window(k, v, length, n_new, b, g)
+
+    def store(self, leaving: dict[str, Tensor], to: Tensor, b: Tensor, g: Tensor) -> list[Tensor]:
+        """Merge tokens [n, B', G, T, D] into columns `to` -> how far they are [B', G, T], of K and V where merged."""
         distances = []
         for x, tokens in leaving.items():
             direction, magnitude, d = self.split(tokens.float(), self.merged[x])
@@ -194,17 +206,19 @@ class SplitGroup(LayerGroup):
             target[:, b, g, to] = magnitude.clamp(-most, most).to(target.dtype)
             if d is not None:
                 distances.append(d)
-        # 3. retained: the R largest scores so far
-        if self.R:
-            self.retain(leaving, sum(distances) / len(distances) if distances else None, pos, leaves, b, g)
-        # 4. the ring takes the newest tokens
-        if W:
-            self.write_window(k, v, length, n_new, b, g)
+        return distances
 
-    def commit_fast(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None) -> None:
+    def commit_fast(self, *tokens: Tensor | None) -> None:
+        torch.ops.minicache.commit(*self.operands(*tokens))
+
+    def store_fast(self, *tokens: Tensor | None) -> list[Tensor]:
+        from cache.kernels import triton_commit
+        return [d for x, d in zip("kv", triton_commit.store_triton(*self.operands(*tokens)), strict=False) if self.merged[x]]
+
+    def operands(self, *tokens: Tensor | None) -> tuple:
+        """What the operator takes after k, v, length, n_new and rows."""
         c = self.config
-        torch.ops.minicache.commit(k, v, length, n_new, rows, *self._buffers.values(), self.rule or 0, c.coef, c.t, c.retention, c.gamma,
-                                   c.sinks)
+        return (*tokens, *self._buffers.values(), self.rule or 0, c.coef, c.t, c.retention, c.gamma, c.sinks)
 
     def split(self, x: Tensor, merged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [n, B', G, T, D] fp32 -> direction [m, B', G, T, D], magnitude [n, B', G, T], distance [B', G, T] (None where not merged)."""
