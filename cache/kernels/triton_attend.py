@@ -105,7 +105,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
         out.insert(0, (kernels.rotate, grid, turn | dict(x=q, out=tensors["q_rotated"], count=rows * heads), {"num_warps": 8}))
-    if bits[1] < 16 and n_splits <= 8:
+    if bits[1] < 16 and n_splits <= 8 and D <= 128:       # more take too many registers
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
     combine |= dict(y_rotated=y_rotated, V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
     return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]
