@@ -4,6 +4,7 @@ The interpreter must be chosen before triton is imported, so its cases run in a 
 with CUDA they run for real instead. Trap: the interpreter has no inline assembly, truncates to bf16 and multiplies bf16 as integers:
 `interpreter_repairs` makes that good.
 """
+import heapq
 import os
 import re
 import subprocess
@@ -166,15 +167,20 @@ def test_in_the_interpreter() -> None:
     assert child.returncode == 0 and f"{len(CASES)} passed" in child.stdout, child.stdout[-3000:] + child.stderr[-2000:]
 
 
-def test_splits_fill_whole_rounds() -> None:
-    """Guards: a last round of few programs, programs of nothing, and exact columns that keep a row waiting."""
-    for rows, tiles, exact, resident, want in ((256, 128, 12, 1056, (4, 1)), (1024, 128, 0, 1056, (1, 1)), (8, 128, 12, 1056, (128, 12)),
-                                               (1, 1, 0, 1, (1, 1))):
-        assert triton_attend.choose_splits(rows, tiles, exact, resident) == want
-    for rows in (1, 7, 32, 200, 5000):
-        n, _ = triton_attend.choose_splits(rows, 64, 0, 924)
-        time = [-(-rows * i // 924) * (-(-64 // i) + 2) for i in range(1, 65)]
-        assert time[n - 1] == min(time)
+def test_splits_share_the_work_out() -> None:
+    """Guards: a last round of few programs, programs of nothing, and exact columns that keep a row waiting, by a clock and a heap."""
+    def time(rows: int, tiles: int, exact: int, resident: int, n: int, e: int) -> int:
+        free = [0] * resident
+        for cost in [-(-exact // e) + 1] * (rows * e) + [-(-tiles // n) + 2] * (rows * n):
+            heapq.heapreplace(free, free[0] + cost)
+        return max(free)
+
+    for case in ((32, 64, 0, 264), (32, 63, 7, 264), (128, 63, 7, 264), (8, 64, 12, 528), (40, 9, 3, 77), (1, 1, 0, 1)):
+        rows, tiles, exact, resident = case
+        least = min(time(*case, n, max(1, -(-exact // -(-tiles // n)))) for n in range(1, tiles + 1))
+        n, e = triton_attend.choose_splits(*case)
+        assert time(*case, n, e) <= 1.05 * least and e <= max(1, exact), f"{case}: {n}, {e}"
+    assert triton_attend.choose_splits(256, 256, 0, 2112) == (8, 1) and triton_attend.choose_splits(38208, 15, 4, 2112) == (1, 1)
 
 
 def test_load_says_whether_it_can() -> None:

@@ -5,6 +5,7 @@ device, so the cost follows what is filled, and a CUDA graph may hold the launch
 one is captured.
 Trap: triton is imported by the first call, not by this module; torch's CUDA wheels bring it.
 """
+import bisect
 import functools
 import sys
 
@@ -87,7 +88,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     registers = 255 if free else 168 if heads > 4 or 8 in bits else 144 if 3 in bits else 128
     # 3. how many programs share a row
     resident = max(1, sms * (REGISTERS // registers) // warps)
-    splits, exact_splits = choose_splits(rows, max(-(-N // block), 1), -(-(R + W) // (16 if numbers[1] else 2 * exact_block)), resident)
+    tiles = max(-(-N // block), 1), -(-(R + W) // (16 if numbers[1] else 2 * exact_block))
+    splits, exact_splits = choose_splits(rows, *tiles, resident)
     partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
@@ -105,7 +107,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
         out.insert(0, (kernels.rotate, grid, turn | dict(x=q, out=tensors["q_rotated"], count=rows * heads), {"num_warps": 8}))
-    if bits[1] < 16 and n_splits <= 8 and D <= 128:       # more take too many registers
+    if bits[1] < 16 and n_splits <= 16 and D <= 128:      # more take too many registers
+        turn["STEP"] = min(turn["STEP"], 256 // combine["SPLITS"])
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
     combine |= dict(y_rotated=y_rotated, V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
     return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]
@@ -113,13 +116,25 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
 
 @functools.cache
 def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int) -> tuple[int, int]:
-    """How many programs share the merged tiles of a full row, and how many its exact tiles.
+    """How many programs share the merged tiles of a full row, and how many its exact tiles, which get no more of them to do.
 
-    Whole rounds of `resident` programs, merged ones alone, take the least time if a program's start and end count as two tiles. Programs
-    of exact tiles come first and get no more to do than the others.
+    The fewest that take at most 5 % longer than need be, where `resident` programs run at once, first those of exact tiles, and whoever is
+    done starts the next one. A tile takes 1; a program's start and end 2 more, or 1 of exact tiles.
     """
-    n = min(range(1, tiles + 1), key=lambda n: -(-rows * n // resident) * (-(-tiles // n) + 2))
-    return n, max(1, -(-exact_tiles // -(-tiles // n)))
+    def plan(n: int) -> tuple[int, int, int]:
+        each = -(-tiles // n)
+        e = max(1, -(-exact_tiles // each))
+        exact, merged = -(-exact_tiles // e) + 1, each + 2
+        rounds, late = divmod(rows * e, resident)
+        start = rounds * exact          # here all but `late` programs at once are free for merged tiles, those `exact` later
+
+        def done(t: int) -> int:
+            return (resident - late) * (max(t - start, 0) // merged) + late * (max(t - start - exact, 0) // merged)
+
+        return max(bisect.bisect_left(range(10 ** 9), rows * n, key=done), start + exact * (late > 0)), n, e
+
+    plans = [plan(n) for n in range(1, tiles + 1)]
+    return next(found for found in plans if found[0] <= 1.05 * min(plans)[0])[1:]
 
 
 def power_of_2(n: int) -> int:
