@@ -27,7 +27,7 @@ CUDA, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET"
 DEVICE = "cuda" if CUDA else "cpu"
 runs_kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="no CUDA: runs in the interpreter, through test_in_the_interpreter")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TOLERANCE = {FP32: 1e-5, FP16: 1e-3, BF16: 8e-3}        # of the largest output: levels, queries and probabilities are rounded once
+TOLERANCE = {FP32: 1e-5, FP16: 1e-3, BF16: 8e-3}        # of the largest output: what is no number in the kernel is rounded to the type once
 
 
 # -- what the interpreter lacks -----------------------------------------------------------------------------------------------------
@@ -88,6 +88,8 @@ def filled(spec: str, *, heads: tuple[int, int], D: int, S: int, lengths: list[i
 
 def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> tuple:
     """What the operator takes, from a group; q [B, H, D], k, v [B, G, D]."""
+    amid = torch.full((2, k.numel() + 512), float("nan"), dtype=k.dtype, device=k.device)[:, 256:-256]      # what is read beside them tells
+    k, v = (x.copy_(y.flatten()).view_as(y) for x, y in zip(amid, (k, v), strict=True))
     new, rest = (q[:, :, None], k[:, :, None], v[:, :, None], length), (index, group.sliding_window or 0)
     if hasattr(group, "k"):
         return (*new, group.absent[0], group.k[None], group.v[None], *group.absent, *rest)
@@ -144,6 +146,7 @@ CASES = {   # name: spec, (query heads, kv heads), head_dim, capacity, lengths, 
     "2 bits, GQA 8": ("quant,bits=2", (16, 2), 128, 80, [75, 40], BF16, None, 2),
     "4 bits, D 256": ("quant,bits=4", (4, 2), 256, 80, [75], BF16, None, 16),
     "4 bits, fewer columns than a tile": ("quant,bits=4,window=1,sinks=0", (4, 1), 128, 20, [18, 0], BF16, None, 16),
+    "4 bits, retained without a window": ("quant,bits=4,window=0,sinks=3", (2, 1), 64, 80, [75, 2], BF16, None, 16),
     "3 bits, D 16": ("minicache,merge_from=0,bits=3", (2, 1), 16, 60, [55], FP16, None, 16),
 }
 
@@ -292,13 +295,15 @@ def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, recor
     ends = ((labels.get(match[1], i), i) for i, line in enumerate(lines) if (match := re.search(r"BRA.*`\((\.L\S+)\)", line)))
     loop = next(lines[begin:end + 1] for begin, end in ends if begin < end and any("IMMA" in line for line in lines[begin:end]))
     loop = [line for line in loop if ";" in line]
-    loads = {i: int(match[1]) for i, line in enumerate(loop) if (match := re.search(r"LDG\S* R(\d+),", line))}
-    used = [next(n for n in range(1, len(loop)) if re.search(rf"\bR{at}\b", loop[(i + n) % len(loop)])) for i, at in loads.items()]
+    loads = [(i, int(match[2]), {".64": 2, ".128": 4}.get(match[1], 1)) for i, line in enumerate(loop)
+             if (match := re.search(r"LDG\.E(\.\w+)? R(\d+),", line))]
+    used = [next(n for n in range(1, len(loop)) if any(re.search(rf"\bR{at + j}\b", loop[(i + n) % len(loop)]) for j in range(registers)))
+            for i, at, registers in loads]
     count = len(loop) * options["num_warps"] / arguments["BLOCK"]
     spilled, stored = (sum(name in line for line in loop) for name in (" LDL", " STS"))
     line = (f"sm_90, {bits} bits, {heads} heads a kv head: {count:.1f} instructions a column, {spilled} words a tile spilled; "
             f"a load is used {min(used)} later")
     record_property("merged loop", line)
     print(line)
-    assert count < most and min(used) > 30
+    assert count < most and min(used) > 40
     assert stored <= 12 and (heads > 8 or spilled <= 8)

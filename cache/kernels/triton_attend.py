@@ -49,10 +49,10 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
                     exact=exact, retained_pos=retained_pos, retained_score=retained_score, threshold=threshold, k_levels=k_levels,
                     v_levels=v_levels)
     with torch.cuda.device_of(q):
-        sms = multiprocessors(q.device)
-        for kernel, grid, arguments, options in launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=sms):
+        plan = launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=multiprocessors(q.device))
+        for kernel, grid, arguments, options in plan:
             kernel[grid](**arguments, **options)
-    if v_levels.numel() and "y_rotated" in arguments:
+    if v_levels.numel() and "y_rotated" in plan[-1][2]:         # combined only
         y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
     return y[:, :, None]
 

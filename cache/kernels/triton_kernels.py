@@ -78,7 +78,7 @@ def store_split(partial, lse, at, top, total, acc, HEADS: tl.constexpr, HP: tl.c
 def plan_row(length, N, W, sliding_window, merged_splits, BLOCK: tl.constexpr):
     """A row's work from its length: first position seen, end of its merged columns, first tile, tiles a program, programs that have any."""
     first = tl.where(sliding_window > 0, tl.maximum(length - sliding_window + 1, 0), 0)
-    end = tl.maximum(tl.minimum(tl.maximum(length - W, 0), N), first)       # a window of more than sliding_window leaves nothing merged
+    end = tl.minimum(tl.maximum(length - W, 0), N)
     tile = first // BLOCK
     tiles = tl.maximum(tl.cdiv(end, BLOCK) - tile, 0)
     each = tl.maximum(tl.cdiv(tiles, merged_splits), 1)
@@ -120,8 +120,8 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
         k_stored += row * N * (D if K_BITS == 16 else D * K_BITS // 8)
         v_stored += row * N * (D if V_BITS == 16 else D * V_BITS // 8)
         begin, room = (tile + (split - exact_splits) * each) * BLOCK, tl.maximum(N - BLOCK, 0)
-        # where K and V become numbers a tile's V waits until the next tile's K is under way: no load is waited for, and the products of
-        # one tile fill the gaps of the other's
+        # where K and V become numbers a tile's V waits until the next tile's K is under way: loads have long begun when they are used, and
+        # the products of one tile fill the gaps of the other's
         LATER: tl.constexpr = K_NUMBERS and V_NUMBERS
         parts, fade = tl.zeros([BLOCK, 2 * HP], tl.bfloat16), tl.full([HP], 1.0, tl.float32)
         if LATER:
@@ -196,8 +196,8 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
             counts = (slot < R + W) & (pos >= first) & ((kept_score > least) | (slot >= R))
             if tl.max(counts.to(tl.int32), 0) > 0:            # empty slots cost their scores only
                 there = tl.minimum(slot, R + W - 1)           # what does not count is read, too: it weighs nothing
-                k_at = tl.where(kept, k_retained + (row * R + there) * D, k_window + (row * W + there - R) * D)
-                v_at = tl.where(kept, v_retained + (row * R + there) * D, v_window + (row * W + there - R) * D)
+                k_at = tl.where(there < R, k_retained + (row * R + there) * D, k_window + (row * W + there - R) * D)
+                v_at = tl.where(there < R, v_retained + (row * R + there) * D, v_window + (row * W + there - R) * D)
                 tile_k = load_exact(k_at, D, DP)
                 tile_v = tl.load(v_at[None, :] + d[:, None], mask=(d < D)[:, None], other=0)
                 own_top, own_p, own_fade = online_softmax(own_top, products(own_query, (tile_k,)) * scale, counts)
