@@ -32,8 +32,13 @@ def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.n
     return out
 
 
-OPERATIONS = {"lop3.b32": lop3, "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "prmt.b32": prmt,
-              "shl.b32": np.left_shift, "shr.u32": np.right_shift, "add.u32": np.add, "mov.b32": np.copy, "mov.u32": np.copy}
+def mul_hi(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a.astype(np.uint64) * b >> np.uint64(32)
+
+
+OPERATIONS = {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift,
+              "shr.u32": np.right_shift, "add.u32": np.add, "mul.hi.u32": mul_hi, "mov.b32": np.copy, "mov.u32": np.copy, "prmt.b32": prmt,
+              "lop3.b32": lop3}
 
 
 def run_ptx(text: str, constraints: str, inputs: list[np.ndarray]) -> list[np.ndarray]:

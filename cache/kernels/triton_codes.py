@@ -67,10 +67,10 @@ def v_slots(D):
 
 
 def tables(bits: int) -> str:
-    """PTX that fills t0 .. with the grid's numbers, four each, and m with zero."""
+    """PTX that fills t0 .. with the grid's numbers, four each, m with zero and s with 2 ** 16."""
     words = [sum(n << 8 * i for i, n in enumerate(GRID.value[bits][0][at:at + 4])) for at in range(0, 2 ** bits, 4)]
-    zero = ".reg .b32 m, t0, t1, t2, t3, w, h, x, y, a, b; mov.u32 m, %lanemask_lt; mov.u32 a, %lanemask_gt; and.b32 m, m, a;"
-    return zero + "".join(f"or.b32 t{i}, m, {word:#x};" for i, word in enumerate(words))
+    zero = ".reg .b32 m, s, t0, t1, t2, t3, w, h, x, y, a, b; mov.u32 m, %lanemask_lt; mov.u32 a, %lanemask_gt; and.b32 m, m, a;"
+    return zero + "or.b32 s, m, 65536;" + "".join(f"or.b32 t{i}, m, {word:#x};" for i, word in enumerate(words))
 
 
 TABLES = tl.constexpr({bits: tables(bits) for bits in GRID.value})
@@ -80,7 +80,7 @@ def lookups(bits: int, halves: int) -> list[tuple[int, int, str]]:
     """(turn, half, PTX from w to a): the four numbers of a turn and of a half of w, whose nibbles hold a code of 4 or two of 2 bits.
 
     Of 3 bits these are the low two, and bit 2 s of a byte of h is the high one of its place s. A nibble with its top bit set finds 0 in a
-    table, as no number has its top bit set.
+    table, as no number has its top bit set. The upper half comes down by a product with s: shifts would go where lookups crowd.
     """
     out = []
     for turn in range(turns(bits)):
@@ -88,7 +88,7 @@ def lookups(bits: int, halves: int) -> list[tuple[int, int, str]]:
         if bits == 3:
             code += f"shl.b32 y, h, {2 - 2 * turn}; and.b32 y, y, 0x44444444; or.b32 x, x, y;"
         for half in range(halves):
-            code += "shr.u32 x, x, 16; shr.u32 y, y, 16;" if half and bits == 4 else "shr.u32 x, x, 16;" if half else ""
+            code += "mul.hi.u32 x, x, s; mul.hi.u32 y, y, s;" if half and bits == 4 else "mul.hi.u32 x, x, s;" if half else ""
             code += f"prmt.b32 a, t0, {'0' if bits == 2 else 't1'}, x;"
             out.append((turn, half, code + "prmt.b32 b, t2, t3, y; add.u32 a, a, b;" * (bits == 4)))
             code = ""
