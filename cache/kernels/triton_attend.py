@@ -89,7 +89,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     # 3. how many programs share a row
     resident = max(1, sms * (REGISTERS // registers) // warps)
     tiles = max(-(-N // block), 1), -(-(R + W) // (16 if numbers[1] else 2 * exact_block))
-    splits, exact_splits = choose_splits(rows, *tiles, resident)
+    few = 16 if bits[1] < 16 and D <= 128 else 0         # splits that are combined and turned at once: more take too many registers
+    splits, exact_splits = choose_splits(rows, *tiles, resident, few)
     partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
@@ -107,7 +108,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
         out.insert(0, (kernels.rotate, grid, turn | dict(x=q, out=tensors["q_rotated"], count=rows * heads), {"num_warps": 8}))
-    if bits[1] < 16 and n_splits <= 16 and D <= 128:      # more take too many registers
+    if n_splits <= few:
         turn["STEP"] = min(turn["STEP"], 256 // combine["SPLITS"])
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
     combine |= dict(y_rotated=y_rotated, V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
@@ -115,11 +116,11 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
 
 
 @functools.cache
-def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int) -> tuple[int, int]:
+def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int, few: int) -> tuple[int, int]:
     """How many programs share the merged tiles of a full row, and how many its exact tiles, which get no more of them to do.
 
     The fewest that take at most 5 % longer than need be, where `resident` programs run at once, first those of exact tiles, and whoever is
-    done starts the next one. A tile takes 1; a program's start and end 2 more, or 1 of exact tiles.
+    done starts the next one. A tile takes 1; a program's start and end 2 more, or 1 of exact tiles; a launch more, for more than `few`, 4.
     """
     def plan(n: int) -> tuple[int, int, int]:
         each = -(-tiles // n)
@@ -131,7 +132,8 @@ def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int) -> tup
         def done(t: int) -> int:
             return (resident - late) * (max(t - start, 0) // merged) + late * (max(t - start - exact, 0) // merged)
 
-        return max(bisect.bisect_left(range(10 ** 9), rows * n, key=done), start + exact * (late > 0)), n, e
+        time = max(bisect.bisect_left(range(10 ** 9), rows * n, key=done), start + exact * (late > 0))
+        return time + 4 * (n + e > few), n, e
 
     plans = [plan(n) for n in range(1, tiles + 1)]
     return next(found for found in plans if found[0] <= 1.05 * min(plans)[0])[1:]
