@@ -238,7 +238,7 @@ def plan(bits: int, *, D: int, dtype: torch.dtype, G: int = 8, B: int = 4) -> li
     one = {"stored": stored, "magnitude": make(0) if bits == 16 else make(B, G, N, dtype=FP16), "retained": make(B, G, R, D, dtype=dtype),
            "window": make(B, G, W, D, dtype=dtype), "levels": make(2 ** bits if bits < 16 else 0)}
     tensors = {f"{x}_{kind}": tensor for x in "kv" for kind, tensor in one.items()}
-    tensors |= dict(q=make(B, H, D, dtype=dtype), q_rotated=make(B, H, D), k=make(B, G, D, dtype=dtype), v=make(B, G, D, dtype=dtype),
+    tensors |= dict(q=make(B, H, D, dtype=dtype), k=make(B, G, D, dtype=dtype), v=make(B, G, D, dtype=dtype),
                     length=make(B, dtype=torch.int64), exact=make(B, G, N if R else 0, dtype=torch.bool), threshold=make(B, G),
                     retained_pos=make(B, G, R, dtype=torch.int32), retained_score=make(B, G, R), rotation=make(D, D))
     return triton_attend.launches(tensors, make(B, H, D), make(B, H, D), sliding_window=0, sms=132)
@@ -249,7 +249,8 @@ def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Pa
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    names = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8", torch.bool: "i1", torch.int32: "i32", torch.int64: "i64"}
+    names = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1", torch.int32: "i32",
+             torch.int64: "i64"}
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         x = arguments[name]
@@ -277,7 +278,7 @@ def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, recor
         line = f"sm_{capability}, {bits} bits: {registers} registers, {stack} bytes spilled, {shared} bytes shared"
         record_property(kernel.__name__, line)
         print(kernel.__name__, line)
-        assert stack <= (96 if bits <= 4 and D <= 128 else 0) and registers <= 255        # of the loop over codes see below
+        assert stack <= (96 if bits <= 4 else 0) and registers <= 255        # of the loop over codes see below
         # three programs a multiprocessor at least: that is what hides the latency of their loads
         assert shared * 3 <= {80: 164, 90: 227}[capability] * 1024
 
@@ -306,5 +307,5 @@ def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, recor
             f"a load is used {min(used)} later")
     record_property("merged loop", line)
     print(line)
-    assert count < most and min(used) > (40 if heads <= 8 else 30)
+    assert count < most and min(used) > (40 if heads == 4 else 25)
     assert stored <= 12 and (heads > 8 or spilled <= 8)

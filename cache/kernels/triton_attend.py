@@ -45,9 +45,8 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
     stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
               "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
     tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
-    tensors |= dict(q=q, q_rotated=torch.empty(q.shape, device=q.device), rotation=rotation, k=k, v=v, length=length.contiguous(),
-                    exact=exact, retained_pos=retained_pos, retained_score=retained_score, threshold=threshold, k_levels=k_levels,
-                    v_levels=v_levels)
+    tensors |= dict(q=q, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos, retained_score=retained_score,
+                    threshold=threshold, rotation=rotation, k_levels=k_levels, v_levels=v_levels)
     with torch.cuda.device_of(q):
         plan = launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=multiprocessors(q.device))
         for kernel, grid, arguments, options in plan:
@@ -97,7 +96,11 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
     turn = dict(rotation=tensors.pop("rotation"), D=D, DP=shape["DP"], STEP=min(4096 // shape["DP"], shape["DP"]),
                 PRECISION="ieee" if wide else "tf32x3")
+    width = slots[0] * widths[0] if numbers[0] else shape["DP"]
+    rotated = (rows * heads, 2, width) if numbers[0] else q.shape if bits[0] < 16 else (0,)
+    unit, middle = (torch.empty(rows * heads if numbers[0] else 0, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
     split = tensors | sizes | shape | dict(
+        q_rotated=torch.empty(rotated, dtype=torch.int8 if numbers[0] else torch.float32, device=q.device), q_unit=unit, q_middle=middle,
         partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
         V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
         WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
@@ -107,7 +110,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
-        out.insert(0, (kernels.rotate, grid, turn | dict(x=q, out=tensors["q_rotated"], count=rows * heads), {"num_warps": 8}))
+        rotate = {name: split[name] for name in ("q", "q_rotated", "q_unit", "q_middle", "K_BITS", "K_NUMBERS", "KP")}
+        out.insert(0, (kernels.rotate, grid, turn | rotate | dict(count=rows * heads, WIDTH=width), {"num_warps": 8}))
     if n_splits <= few:
         turn["STEP"] = min(turn["STEP"], 256 // combine["SPLITS"])
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]

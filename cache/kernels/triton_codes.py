@@ -128,20 +128,20 @@ def k_byte(i, P: tl.constexpr):
 
 
 @triton.jit
-def k_coordinates(slot, P: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, NUMBERS: tl.constexpr):
-    """The coordinates [P] that a slot of K holds, or of V where it becomes no numbers; pads come to D or more."""
+def k_coordinates(at, P: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, NUMBERS: tl.constexpr):
+    """The coordinates that K has at slot P + i, or V where it becomes no numbers; pads come to D or more."""
     EACH: tl.constexpr = D // slots(BITS)       # bytes of the low plane, where codes of a place lie in order
-    byte, place = tl.arange(0, P), slot
+    slot, i = at // P, at % P
+    byte, place = i, slot
     if NUMBERS:
         TURNS: tl.constexpr = turns(BITS)
-        i = tl.arange(0, P)
         byte, place = k_byte(i, P) - i % 4 + slot // TURNS * 2 + i % 4 // 2, i % 2 * TURNS + slot % TURNS
     return tl.where(byte < EACH, byte + place * EACH, D)
 
 
 @triton.jit
 def v_coordinates(slot, P: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, NUMBERS: tl.constexpr):
-    """Likewise of V."""
+    """The coordinates [P] of a slot of V, likewise."""
     if NUMBERS:
         SHAPE: tl.constexpr = v_shape(D, BITS)
         TURNS: tl.constexpr = turns(BITS)
@@ -150,4 +150,4 @@ def v_coordinates(slot, P: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, NU
         byte = unit % SHAPE[1] * 4 + unit // SHAPE[1] * (4 * SHAPE[1] // P) + slot // (2 * TURNS)
         return tl.where(byte < EACH, byte + (slot % 2 * TURNS + slot // 2 % TURNS) * EACH, D)
     else:
-        return k_coordinates(slot, P, D, BITS, False)
+        return k_coordinates(slot * P + tl.arange(0, P), P, D, BITS, False)

@@ -9,7 +9,7 @@ used in another is converted late, or used by the next turn of the loop.
 import triton
 import triton.language as tl
 
-from cache.kernels.triton_codes import BASE, MIDDLE, grid_step, v_coordinates
+from cache.kernels.triton_codes import BASE, MIDDLE, grid_step, k_coordinates, v_coordinates
 from cache.kernels.triton_operands import (
     coarse_and_fine,
     decode,
@@ -24,6 +24,7 @@ from cache.kernels.triton_operands import (
     load_query_numbers,
     load_stored,
     load_v,
+    to_numbers,
 )
 
 
@@ -86,12 +87,12 @@ def plan_row(length, N, W, sliding_window, merged_splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v_magnitude, exact, k_retained, v_retained, retained_pos,
-                  retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, N, R, W, sliding_window, exact_splits,
-                  G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                  K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, KP: tl.constexpr,
-                  VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
-                  WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stored, k_magnitude, v_magnitude, exact, k_retained, v_retained,
+                  retained_pos, retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, N, R, W, sliding_window,
+                  exact_splits, G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr,
+                  DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
+                  KP: tl.constexpr, VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr,
+                  MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Program (row and kv head, split): splits below `exact_splits` take retained and window slots and the new token, the others merged
     columns. Tensors as in `minicache::attend`, contiguous, `index` picked; partial [B G, splits, HEADS, D], lse [B G, splits, HEADS] fp32.
     HP, HE: heads, padded, in merged and in exact columns.
@@ -105,10 +106,10 @@ def attend_splits(q, q_rotated, k, v, length, k_stored, v_stored, k_magnitude, v
     if split >= exact_splits + active:
         return
     if split >= exact_splits:
-        own_q = (q if K_BITS == 16 else q_rotated) + row * HEADS * D
         if K_NUMBERS:
-            query, unit, middle = load_query_numbers(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP)
+            query, unit, middle = load_query_numbers(q_rotated, q_unit, q_middle, row * HEADS, HEADS, HP, K_SLOTS, KP)
         else:
+            own_q = (q if K_BITS == 16 else q_rotated) + row * HEADS * D
             query, unit, middle = load_query(own_q, HEADS, HP, D, K_BITS, K_SLOTS, KP, DTYPE), tl.full([HP], 1.0, tl.float32), 0
         unit *= scale
         top = tl.full([HP], -1e30, tl.float32)              # finite: exp2(-inf - top) is 0, never nan
@@ -235,16 +236,27 @@ def combine_splits(partial, lse, length, y, y_rotated, N, W, sliding_window, exa
 
 # -- to and from the rotated basis: 16 vectors a program, so that the rotation is read once for 16 -----------------------------------------
 @triton.jit
-def rotate(x, rotation, out, count, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """x [count, D] @ rotation [D, D] -> out [count, D] fp32."""
-    i, d = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None], tl.arange(0, DP)[None, :]
-    sums = tl.zeros([16, DP], tl.float32)
+def rotate(q, rotation, q_rotated, q_unit, q_middle, count, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+           K_BITS: tl.constexpr, K_NUMBERS: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr):
+    """q [count, D] @ rotation [D, D] -> q_rotated [count, D] fp32; or what `load_query_numbers` wants: [count, 2, WIDTH] int8, q_unit and
+    q_middle [count]."""
+    i, j = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None], tl.arange(0, WIDTH)
+    d = (k_coordinates(j, KP, D, K_BITS, True) if K_NUMBERS else j)[None, :]
+    sums = tl.zeros([16, WIDTH], tl.float32)
     for start in tl.static_range(0, DP, STEP):
         c = start + tl.arange(0, STEP)
-        part = tl.load(x + i * D + c[None, :], mask=(i < count) & (c < D)[None, :], other=0).to(tl.float32)
+        part = tl.load(q + i * D + c[None, :], mask=(i < count) & (c < D)[None, :], other=0).to(tl.float32)
         turn = tl.load(rotation + c[:, None] * D + d, mask=(c < D)[:, None] & (d < D), other=0)
         sums = tl.dot(part, turn, sums, input_precision=PRECISION)
-    tl.store(out + i * D + d, sums, mask=(i < count) & (d < D))
+    if K_NUMBERS:
+        coarse, fine, unit = to_numbers(sums)
+        at, row = q_rotated + i * (2 * WIDTH) + j[None, :], tl.program_id(0) * 16 + tl.arange(0, 16)
+        tl.store(at, coarse.to(tl.int8), mask=i < count)
+        tl.store(at + WIDTH, fine.to(tl.int8), mask=i < count)
+        tl.store(q_unit + row, unit * grid_step(K_BITS), mask=row < count)
+        tl.store(q_middle + row, tl.sum((coarse * 128 + fine).to(tl.int32), 1) * MIDDLE, mask=row < count)
+    else:
+        tl.store(q_rotated + i * D + d, sums, mask=(i < count) & (d < D))
 
 
 @triton.jit

@@ -10,10 +10,8 @@ import triton.language as tl
 
 from cache.kernels.triton_codes import (
     K_ASM,
-    MIDDLE,
     V_ASM_4,
     V_ASM_8,
-    grid_step,
     k_byte,
     k_coordinates,
     slots,
@@ -100,9 +98,7 @@ def load(at, here, WHOLE: tl.constexpr):
 @triton.jit
 def flip(x):
     """The dimensions the other way round, but K's last one, whose bytes lie in a row. Its own inverse."""
-    if len(x.shape) == 2:
-        return x.permute(1, 0)
-    elif len(x.shape) == 4:
+    if len(x.shape) == 4:
         return x.permute(2, 1, 0, 3)
     else:
         return x.permute(5, 4, 3, 2, 1, 0)
@@ -197,34 +193,31 @@ def load_query(q, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BITS: 
     h = tl.arange(0, HP)
     out = ()
     for slot in tl.static_range(SLOTS):
-        d = k_coordinates(slot, P, D, BITS, False)
+        d = k_coordinates(slot * P + tl.arange(0, P), P, D, BITS, False)
         at = q + h[None, :] * D + d[:, None]
         out += (tl.load(at, mask=(h < HEADS)[None, :] & (d < D)[:, None], other=0).to(DTYPE),)
     return out
 
 
 @triton.jit
-def load_query_numbers(q, HEADS: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
-                       P: tl.constexpr):
-    """Likewise as int8, for numbers of K: slots [P, 2 HP], a head's coarse and fine part side by side, 128 coarse + fine in all; then
-    unit [HP], what 1 of a product is worth, and middle [HP], what products have too much as numbers are not signed."""
-    n = tl.arange(0, 2 * HP)
-    exact, most = (), tl.full([2 * HP], 1e-30, tl.float32)
+def to_numbers(x):
+    """Queries [16, N] fp32 as whole numbers 128 coarse + fine of 15 bits: coarse, fine [16, N], what 1 is worth [16]."""
+    unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-30) / 127
+    x = x / unit[:, None]
+    coarse = tl.floor(x + 0.5)
+    return coarse, tl.floor((x - coarse) * 128 + 0.5), unit / 128
+
+
+@triton.jit
+def load_query_numbers(numbers, units, middles, first, HEADS: tl.constexpr, HP: tl.constexpr, SLOTS: tl.constexpr, P: tl.constexpr):
+    """What `rotate` left of query heads first .. first + HEADS: slots [P, 2 HP] int8, a head's coarse and fine part side by side; unit
+    [HP], what 1 of a product is worth, and middle [HP], what products have too much as numbers are not signed."""
+    n, h = tl.arange(0, 2 * HP)[:, None], tl.arange(0, HP)
+    out = ()
     for slot in tl.static_range(SLOTS):
-        d = k_coordinates(slot, P, D, BITS, True)
-        at = q + (n // 2)[:, None] * D + d[None, :]
-        exact += (load(at, (n // 2 < HEADS)[:, None] & (d < D)[None, :], False).to(tl.float32),)
-        most = tl.maximum(most, tl.max(tl.abs(exact[slot]), 1))
-    out, total = (), tl.zeros([2 * HP], tl.int32)
-    for slot in tl.static_range(SLOTS):
-        x = exact[slot] / (most / 127)[:, None]
-        coarse = tl.floor(x + 0.5)
-        part = tl.where((n % 2 == 0)[:, None], coarse, tl.floor((x - coarse) * 128 + 0.5)).to(tl.int8)
-        total += tl.sum(part.to(tl.int32), 1)
-        out += (tl.trans(part),)
-    most, _ = deinterleave(most)
-    STEP: tl.constexpr = grid_step(BITS)
-    return out, most * (STEP / (127 * 128)), coarse_and_fine(total) * MIDDLE
+        at = numbers + (2 * first + n) * (SLOTS * P) + slot * P + tl.arange(0, P)[None, :]
+        out += (tl.trans(tl.load(at, mask=n < 2 * HEADS, other=0)),)
+    return out, tl.load(units + first + h, mask=h < HEADS, other=0), tl.load(middles + first + h, mask=h < HEADS, other=0)
 
 
 @triton.jit
