@@ -77,8 +77,9 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     numbers = [codes.becomes_numbers(b, D, q.dtype) for b in bits]
     slots = [codes.slots(bits[0]), codes.v_slots(D) if numbers[1] else codes.slots(bits[1])]
     widths = [max(32 if numbers[0] else 16, power_of_2(D // slots[0])), max(16, power_of_2(D) // slots[1])]     # int8 takes 32 at a time
-    # 1. sizes of a program: one warp and 32 columns for numbers of V, as it loads them for itself; else a warp for every 16 coordinates
-    # of a slot of V, so that no two warps do the same; then columns by registers
+    # 1. sizes of a program: one warp and 32 columns for numbers of V, as it loads them for itself (of 16 Triton's products are wrong where
+    # a join and an 8-bit load lie behind them); else a warp for every 16 coordinates of a slot of V, so that no two warps do the same; then
+    # columns by registers
     warps = 1 if numbers[1] else min(max(widths[1] // 16, 1), 4)
     block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if numbers[1] else 16, 8))
     # 2. registers of a thread: left alone the program takes 155 with 4 query heads a kv head and all 255 with 16; with these more programs
