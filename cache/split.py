@@ -162,16 +162,17 @@ class SplitGroup(LayerGroup):
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
-        if self.commits_fast and (self.form == "cpp" or self.form == "triton" and k.shape[3] == 1 and rows is None):
+        form = self.form if self.commits_fast else "reference"
+        if form == "cpp" or form == "triton" and k.shape[3] == 1 and rows is None:
             return self.commit_fast(k, v, length, n_new, rows)
-        T, W, last, in_triton = k.shape[3], self.W, self.k_magnitude.shape[3] - 1, self.commits_fast and self.form == "triton"
+        T, W, last = k.shape[3], self.W, self.k_magnitude.shape[3] - 1
         B, G = self.retained_pos.shape[:2]
         b = (torch.arange(B, device=k.device) if rows is None else rows)[:, None, None]
         g = torch.arange(G, device=k.device)[:, None]
         # 1. the tokens that leave the window: T lanes from each row's first unmerged position on
         pos = (length - W).clamp_min(0)[:, None] + torch.arange(T, device=k.device)
         leaves = pos < (length + n_new - W)[:, None]
-        leaving = {"k": k, "v": v} if self.R or not in_triton else {}
+        leaving = {"k": k, "v": v} if self.R or form == "reference" else {}
         if W and T == 1:
             leaving = {x: getattr(self, f"{x}_window")[:, b, g, (length % W)[:, None, None]] for x in leaving}
         elif W:     # from the ring, or already in this chunk; read before the ring is written
@@ -180,7 +181,7 @@ class SplitGroup(LayerGroup):
                 both = torch.cat((getattr(self, f"{x}_window")[:, b[:, 0, 0]], new.to(self.k_window.dtype)), 3)
                 leaving[x] = both.gather(3, lane.expand(*both.shape[:3], T, both.shape[4]))
         # 2. merged, in place
-        if in_triton:
+        if form == "triton":
             distances = self.store_fast(k, v, length, n_new, rows)
         else:       # lanes that hold no leaving token write to the spare column
             distances = self.store(leaving, torch.where(leaves, pos, last)[:, None], b, g)
