@@ -241,7 +241,7 @@ def plan(bits: int, *, D: int, dtype: torch.dtype, G: int = 8, B: int = 4) -> li
     tensors |= dict(q=make(B, H, D, dtype=dtype), k=make(B, G, D, dtype=dtype), v=make(B, G, D, dtype=dtype),
                     length=make(B, dtype=torch.int64), exact=make(B, G, N if R else 0, dtype=torch.bool), threshold=make(B, G),
                     retained_pos=make(B, G, R, dtype=torch.int32), retained_score=make(B, G, R), rotation=make(D, D))
-    return triton_attend.launches(tensors, make(B, H, D), make(B, H, D), sliding_window=0, sms=132)
+    return triton_attend.launches(tensors, make(B, H, D), sliding_window=0, sms=132)
 
 
 def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Path) -> tuple[int, int, int]:
@@ -271,14 +271,15 @@ def compiled(kernel, arguments: dict, options: dict, capability: int, folder: Pa
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("capability,bits,D", [
     (80, 4, 128), (90, 4, 128), (90, 3, 96), (80, 3, 128), (90, 2, 64), (90, 4, 256), (90, 8, 128), (90, 16, 128)])
-def test_compiles_ahead_without_spills(capability: int, bits: int, D: int, record_property, tmp_path: Path) -> None:
-    """Guards: what only the compiler refuses, registers that spill to memory, shared memory beyond the chip's (164 KB, 227 KB)."""
+def test_compiles_ahead(capability: int, bits: int, D: int, record_property, tmp_path: Path) -> None:
+    """Guards: what only the compiler refuses, more registers that spill to memory, shared memory beyond the chip's (164 KB, 227 KB)."""
     for kernel, _, arguments, options in [*plan(bits, D=D, dtype=BF16), *plan(bits, D=D, dtype=BF16, B=64)[-1:]]:
         registers, stack, shared = compiled(kernel, arguments, options, capability, tmp_path)
         line = f"sm_{capability}, {bits} bits: {registers} registers, {stack} bytes spilled, {shared} bytes shared"
         record_property(kernel.__name__, line)
         print(kernel.__name__, line)
-        assert stack <= (96 if bits <= 4 else 0) and registers <= 255        # of the loop over codes see below
+        most = 48 if kernel.__name__ == "attend_splits" and bits <= 4 else 0        # outside the loop over codes: see the next test
+        assert stack <= most and registers <= 255
         # three programs a multiprocessor at least: that is what hides the latency of their loads
         assert shared * 3 <= {80: 164, 90: 227}[capability] * 1024
 
@@ -308,4 +309,4 @@ def test_a_column_takes_few_instructions(bits: int, heads: int, most: int, recor
     record_property("merged loop", line)
     print(line)
     assert count < most and min(used) > (40 if heads == 4 else 25)
-    assert stored <= 12 and (heads > 8 or spilled <= 8)
+    assert stored <= 12 and (heads > 8 or spilled <= 2)

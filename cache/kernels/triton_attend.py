@@ -41,18 +41,19 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
                   k_levels: Tensor, v_levels: Tensor, index: int, sliding_window: int) -> Tensor:
     """The operator (see cache/kernels/__init__.py) -> y [B, H, 1, D] fp32. Stored buffers are contiguous."""
     q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))
-    y, y_rotated = torch.empty(q.shape, device=q.device), torch.empty(q.shape, device=q.device)
+    y = torch.empty(q.shape, device=q.device)
     stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
               "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
     tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
     tensors |= dict(q=q, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos, retained_score=retained_score,
                     threshold=threshold, rotation=rotation, k_levels=k_levels, v_levels=v_levels)
     with torch.cuda.device_of(q):
-        plan = launches(tensors, y, y_rotated, sliding_window=sliding_window, sms=multiprocessors(q.device))
+        plan = launches(tensors, y, sliding_window=sliding_window, sms=multiprocessors(q.device))
         for kernel, grid, arguments, options in plan:
             kernel[grid](**arguments, **options)
-    if v_levels.numel() and "y_rotated" in plan[-1][2]:         # combined only
-        y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
+    combined = plan[-1][2]
+    if v_levels.numel() and "y_rotated" in combined:            # and not turned yet
+        y.view(-1, y.shape[-1]).addmm_(combined["y_rotated"].view(-1, y.shape[-1]), rotation.mT)
     return y[:, :, None]
 
 
@@ -60,11 +61,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1       # 1: the interpreter
 
 
-def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
+def launches(tensors: dict[str, Tensor], y: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
     """The launches as (kernel, grid, arguments by name, options), for the operator's tensors of one layer (`index` picked).
 
     Work for `sms` multiprocessors; on meta tensors it plans only, which is what compiling ahead of time needs.
     """
+    from triton import next_power_of_2 as power_of_2
+
     from cache.kernels import triton_codes as codes
     from cache.kernels import triton_kernels as kernels
     q, k_stored, v_stored = tensors["q"], tensors["k_stored"], tensors["v_stored"]
@@ -83,7 +86,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     warps = 1 if numbers[1] else min(max(widths[1] // 16, 1), 4)
     block, exact_block = (max(16, warps * columns) for columns in (8 if wide else 32 if numbers[1] else 16, 8))
     # 2. registers of a thread: left alone the program takes 155 with 4 query heads a kv head and all 255 with 16; with these more programs
-    # are resident, and up to 8 words a tile spill in the loop over codes (sm_90), up to 24 outside of it
+    # are resident, and 2 words a tile spill in the loop over codes (sm_90, 26 with 16 heads), 12 outside of it
     free = wide or D > 128 or heads > 8 or 3 in bits and D % 64
     registers = 255 if free else 168 if heads > 4 or 8 in bits else 144 if 3 in bits else 128
     # 3. how many programs share a row
@@ -116,7 +119,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, y_rotated: Tensor, *, slidin
     if n_splits <= few:
         turn["STEP"] = min(turn["STEP"], 256 // combine["SPLITS"])
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
-    combine |= dict(y_rotated=y_rotated, V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
+    combine |= dict(y_rotated=torch.empty_like(y), V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
     return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]
 
 
@@ -142,8 +145,3 @@ def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int, few: i
 
     plans = [plan(n) for n in range(1, tiles + 1)]
     return next(found for found in plans if found[0] <= 1.05 * min(plans)[0])[1:]
-
-
-def power_of_2(n: int) -> int:
-    """The least power of 2 that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()

@@ -6,7 +6,7 @@ slots (`k_coordinates`, `v_coordinates`).
     looks up four codes at once in 8 bytes. A query head takes two columns of the product, a probability too: a coarse part and what it
     leaves, so neither is rounded to 8 bits. Coordinates stand in the order in which they can be loaded: what a thread of a warp loads is
     its own part of the tensor core's operand, and codes go through no shared memory.
-  8 bits, and codes of fp32 models or of odd head dimensions: levels from memory.
+  8 bits, and codes of fp32 models or of head dimensions below 64 or not multiples of 32: levels from memory.
 Traps: numbers stand for the codec's own levels, known when the kernel is compiled, not for the tensor that the operator gets. And
 lanemask_lt & lanemask_gt is zero, which ptxas does not know: it keeps tables in registers instead of moving them there each time.
 """

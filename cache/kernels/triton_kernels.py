@@ -231,7 +231,8 @@ def combine_splits(partial, lse, length, y, y_rotated, N, W, sliding_window, exa
         rotated += tl.sum(tl.where(merged, x, 0.0), 0)
     out = (row * HEADS + head) * D + d
     tl.store(y + out, plain, mask=d < D)
-    tl.store(y_rotated + out, rotated, mask=d < D)
+    if V_CODED:
+        tl.store(y_rotated + out, rotated, mask=d < D)
 
 
 # -- to and from the rotated basis: 16 vectors a program, so that the rotation is read once for 16 -----------------------------------------
