@@ -77,7 +77,7 @@ class LayerGroup(nn.Module):
         if index == len(self.layers) - 1:
             ks, vs = (torch.stack(x) for x in zip(*self.pending, strict=True))
             self.pending = None       # a tensor left on self would become an output of the compiled graph
-            self.commit(ks, vs, input_pos[:, 0], valid.sum(1), rows)
+            self.commit(ks, vs, input_pos[:, 0], valid[:, 0] if valid.shape[1] == 1 else valid.sum(1), rows)
         return y
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:

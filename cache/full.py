@@ -19,14 +19,18 @@ class FullLayer(LayerGroup):
             self.register_buffer(name, torch.zeros(batch, n_kv_head, max_seq_len, head_dim, dtype=dtype, device=device), persistent=False)
         none, slots = torch.empty(0, device=device), torch.empty(batch, n_kv_head, 0, device=device)
         columns = self.k.new_empty(1, batch, n_kv_head, 0, head_dim)
-        # a split group's buffers, all that are not here: see cache/kernels
-        self.absent = (none, none, slots.bool(), columns, columns, slots.int(), slots, slots, slots.int(), columns, columns, *[none] * 3)
+        # what a split group has and this one has not: no columns; magnitudes to overflow; tables. See `operands`
+        self.absent = ((columns,) * 2, (columns, columns, slots.bool(), columns, columns, slots.int(), slots, slots, slots.int()),
+                       (none,) * 3)
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
         """The operator, or: write first, then SDPA over all columns, the step's own token being a column like the others."""
         if self.form != "reference" and q.shape[2] == 1 and rows is None:
             y = self.attend_fast(index, q, k, v, input_pos[:, 0])
-            self.write(k, v, input_pos, valid, rows)
+            if self.form == "triton":       # one launch; on a CPU what the compiler makes of `write` costs less than a call
+                self.write_fast(k, v, input_pos[:, 0], valid[:, 0])
+            else:
+                self.write(k, v, input_pos, valid, rows)
             return y
         self.write(k, v, input_pos, valid, rows)
         S = self.k.shape[2]
@@ -37,9 +41,17 @@ class FullLayer(LayerGroup):
         return attend_exact(q, keys, values, mask[:, None])
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        y = torch.ops.minicache.attend(q, k, v, length, self.absent[0], self.k[None], self.v[None], *self.absent, 0,
-                                       self.sliding_window or 0)
+        y = torch.ops.minicache.attend(q, k, v, length, self.absent[2][0], *self.operands(window=False), 0, self.sliding_window or 0)
         return y.to(q.dtype)
+
+    def write_fast(self, k: Tensor, v: Tensor, length: Tensor, valid: Tensor) -> None:
+        """One new token a row, valid [B], by the operator commit: the cache as a window that no token leaves."""
+        torch.ops.minicache.commit(k[None], v[None], length, valid, None, *self.operands(window=True), 0, "norm", 0.0, "topk", 0.0, 0)
+
+    def operands(self, *, window: bool) -> tuple[Tensor, ...]:
+        """The buffers of a split group, as both operators take them: K and V are its directions, of 16 bits, or its window."""
+        (nothing, rest, tables), whole = self.absent, (self.k[None], self.v[None])
+        return (*nothing, *rest, *whole, *tables) if window else (*whole, *rest, *nothing, *tables)
 
     def columns(self, index: int, length: Tensor, input_pos: Tensor, rows: Tensor | None,
                 limit: int | None = None) -> Iterator[Columns]:

@@ -44,6 +44,7 @@ class SplitGroup(LayerGroup):
         self.rule = FAST_RULES.index(rule) if rule in FAST_RULES else None
         # the operator commits where it can: one layer, or two by one of our rules, each kv head by itself
         self.commits_fast = len(layers) == 1 or len(layers) == 2 and config.granularity == "head" and self.rule is not None
+        self.by_threshold = config.retention != "topk" and len(layers) > 1       # not all filled slots count
         self.merged = {"k": config.merge_k and len(layers) > 1, "v": config.merge_v and len(layers) > 1}
         n, B, G, D, N, R = len(layers), batch, n_kv_head, head_dim, max(max_seq_len - self.W, 1), self.R
         small = torch.float32 if dtype == torch.float32 else torch.float16
@@ -121,7 +122,7 @@ class SplitGroup(LayerGroup):
 
     def threshold(self, score_range: Tensor) -> Tensor:
         """Scores above it are retained. score_range [..., 2] -> [...]. The paper's text: d > d_max - gamma (d_max - d_min)."""
-        if self.config.retention == "topk" or len(self.layers) == 1:
+        if not self.by_threshold:
             return score_range.new_full(score_range.shape[:-1], float("-inf"))
         least, most = score_range.unbind(-1)
         return torch.where(most >= least, most - self.config.gamma * (most - least), float("inf")).clamp_max(1.0)
@@ -156,8 +157,8 @@ class SplitGroup(LayerGroup):
         return out[0], out[1]
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        y = torch.ops.minicache.attend(q, k, v, length, self.threshold(self.score_range), *self._buffers.values(), index,
-                                       self.sliding_window or 0)
+        least = self.threshold(self.score_range) if self.by_threshold else self.score_range[:0]
+        y = torch.ops.minicache.attend(q, k, v, length, least, *self._buffers.values(), index, self.sliding_window or 0)
         return y.to(q.dtype)
 
     # -- writing --------------------------------------------------------------------------------------------------------------------

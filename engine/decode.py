@@ -3,6 +3,8 @@
 All that a step needs or changes is a buffer here or in the cache, at a fixed address, so that the compiled step replays as a CUDA graph.
 A row that is done stores nothing more and repeats its token.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 
@@ -17,21 +19,19 @@ class DecodeStep(nn.Module):
     def __init__(self, model: nn.Module, cache: nn.Module, rope: nn.Module, batch: int, device: torch.device | str) -> None:
         super().__init__()
         self.model, self.cache, self.rope = model, cache, rope
-        state = {"token": torch.int64, "input_pos": torch.int64, "done": torch.bool, "left": torch.int64,        # left: tokens still wanted
+        state = {"token": torch.int64, "input_pos": torch.int64, "alive": torch.bool, "left": torch.int64,       # left: tokens still wanted
                  "temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "seed": torch.int64}
         for name, dtype in state.items():
             self.register_buffer(name, torch.zeros(batch, dtype=dtype, device=device), persistent=False)
         self.register_buffer("stop_ids", torch.full((batch, MAX_STOP_IDS), -1, device=device), persistent=False)
-        self.done.fill_(True)
 
     def forward(self, method: str) -> None:
         """Feed `token` at `input_pos`, store it, sample the next one into `token`."""
-        alive = ~self.done
-        token = self.draw(self.logits(self.token, self.input_pos, alive), method, slice(None), self.input_pos + 1)
-        self.token.copy_(torch.where(alive, token, self.token))
-        self.input_pos.add_(alive.long())
-        self.left.sub_(alive.long())
-        self.done.logical_or_(self.finished(slice(None)))
+        token = self.draw(self.logits(self.token, self.input_pos, self.alive), method, slice(None), self.input_pos + 1)
+        self.token.copy_(torch.where(self.alive, token, self.token))
+        self.input_pos.add_(self.alive.long())
+        self.left.sub_(self.alive.long())
+        self.alive.logical_and_(~self.finished(slice(None)))
 
     def logits(self, token: torch.Tensor, input_pos: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         """Feed one token per row, all [B] -> logits [B, V] fp32 for the next; rows not alive store nothing."""
@@ -43,7 +43,7 @@ class DecodeStep(nn.Module):
     def first_token(self, rows: torch.Tensor, logits: torch.Tensor, method: str) -> None:
         """After a prefill: sample from logits [B', V] for `rows` [B'], whose state `set_rows` has laid down."""
         self.token[rows] = self.draw(logits, method, rows, self.input_pos[rows])
-        self.done[rows] = self.finished(rows)
+        self.alive[rows] = ~self.finished(rows)
 
     def draw(self, logits: torch.Tensor, method: str, rows: torch.Tensor | slice, position: torch.Tensor) -> torch.Tensor:
         return sample(logits, method, self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows], position)
@@ -53,9 +53,33 @@ class DecodeStep(nn.Module):
 
     def set_rows(self, rows: torch.Tensor, params: list[SamplingParams], seed: list[int], input_pos: list[int], left: list[int]) -> None:
         """Give slots `rows` [B'] to requests whose prompts are stored: `input_pos` tokens, `left` more wanted. Host side, between steps."""
-        values = {"input_pos": input_pos, "left": left, "done": [False] * len(params), "temperature": [p.temperature for p in params],
+        values = {"input_pos": input_pos, "left": left, "alive": [True] * len(params), "temperature": [p.temperature for p in params],
                   "top_k": [min(p.top_k, self.model.config.vocab_size) for p in params], "top_p": [p.top_p for p in params], "seed": seed,
                   "stop_ids": [[*p.stop_ids, *[-1] * (MAX_STOP_IDS - len(p.stop_ids))] for p in params]}
         for name, value in values.items():
             state = getattr(self, name)
             state[rows] = torch.tensor(value, dtype=state.dtype, device=state.device)
+
+
+class Replayed:
+    """A step on CUDA as a CUDA graph for each method: the first call runs the step, the second captures it, every later one only replays.
+
+    It can because the step takes nothing and returns nothing; so the host checks no guards and hands over no pointers.
+    """
+
+    def __init__(self, step: Callable[[str], None]) -> None:
+        self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()    # graphs run one at a time: they share scratch
+
+    def __call__(self, method: str) -> None:
+        if method not in self.graphs:
+            torch.cuda.empty_cache()        # what a prefill left cached is free for what compiling tries
+            self.step(method)
+            self.graphs[method] = None
+            return
+        if self.graphs[method] is None:
+            torch.cuda.empty_cache()        # a graph's pool cannot take what is cached
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step(method)
+            self.graphs[method] = graph
+        self.graphs[method].replay()

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache import CacheConfig, GroupPrefill, bits_per_element
-from engine.decode import MAX_STOP_IDS, DecodeStep
+from engine.decode import MAX_STOP_IDS, DecodeStep, Replayed
 from engine.sampling import METHODS, SamplingParams
 from engine.stats import Step
 from model import ModelConfig, Rope, Transformer
@@ -103,13 +103,15 @@ class Engine:
         """One graph, or an error; an engine's recompiles do not count against those of another where torch can tell them apart."""
         isolate = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
         cuda = self.device.type == "cuda"
-        # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes
-        options = {"reorder_for_locality": False, "triton.cudagraphs": cuda}
+        # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes; what two read is stored:
+        # else each norm adds up the layers before it, and each layer computes cos and sin
+        options = {"reorder_for_locality": False, "realize_reads_threshold": 1}
         if cuda and self.max_batch_size == 1:       # inductor's own product of one row, tuned, instead of the library's
             options["coordinate_descent_tuning"] = True
-        if cuda:        # timing two ways to write a whole cache would clone it, into the graph's own pool
+        if cuda:        # timing two ways to write a whole cache would clone it
             options["triton.autotune_pointwise"] = False
-        return torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
+        return Replayed(compiled) if cuda else compiled
 
     @property
     def bits_per_element(self) -> float:
@@ -159,7 +161,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, queue: deque[Request], reuse: bool) -> Iterator[Step]:
         begin = time.perf_counter()
-        self.step.done.fill_(True)
+        self.step.alive.fill_(False)
         free, active = deque(range(self.max_batch_size)), {}
         method = max((r.params.method for r in queue), key=METHODS.index, default="greedy")
         try:
@@ -176,28 +178,26 @@ class Engine:
                 # 2. or every running row moves one token on
                 else:
                     phase, batch, fed = "decode", list(active.values()), len(active)
-                    if self.device.type == "cuda" and not self._steps[phase + method]:
-                        torch.cuda.empty_cache()        # what prefill leaves cached, a graph's own pool cannot take
                     self.decode_one_token(method)
                 # 3. the host reads what came out and sorts out who is finished
-                token, done = torch.stack((self.step.token, self.step.done.long())).tolist()
+                token, alive = torch.stack((self.step.token, self.step.alive.long())).tolist()
                 tokens, finished = [], []
                 for r in batch:
                     stopped = token[r.row] in r.params.stop_ids
                     if not stopped:
                         r.tokens.append(token[r.row])
                         tokens.append((r.index, token[r.row]))
-                    if done[r.row]:
+                    if not alive[r.row]:
                         full = len(r.tokens) < r.params.max_new_tokens
                         finished.append((r.index, "stop" if stopped else "capacity" if full else "length"))
                         self._release(active.pop(r.row), free)
                 now, key = time.perf_counter(), phase + method
-                # CUDA graphs: the first step compiles, the second one records
+                # CUDA graphs: the first step compiles, the second one is captured
                 warm = self._steps[key] >= (2 if phase == "decode" and self.compile and self.device.type == "cuda" else 1)
                 self._steps[key] += 1
                 yield Step(phase, tokens, finished, fed, now - t, now - begin, warm)
                 for row in [row for row, r in active.items() if r.index in self._ended]:
-                    self.step.done[row] = True
+                    self.step.alive[row] = False
                     self._release(active.pop(row), free)
             if active or queue:
                 now = time.perf_counter()

@@ -45,7 +45,9 @@ class Rope(nn.Module):
         """input_pos [B, T] integer -> (cos, sin), each [B, 1, T, D] fp32 and multiplied by the scaling."""
         angle = input_pos[:, None, :, None].float() * self.inv_freq
         angle = torch.cat((angle, angle), -1)
-        return angle.cos() * self.scaling, angle.sin() * self.scaling
+        # stacked: the compiler stores them, where it would else compute them anew in every layer
+        cos, sin = torch.stack((angle.cos(), angle.sin())) * self.scaling
+        return cos, sin
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

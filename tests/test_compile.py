@@ -106,6 +106,37 @@ def test_one_row_passes_each_weight_once_and_says_what_eager_says() -> None:
     torch._dynamo.reset()
 
 
+def test_on_a_gpu_a_step_runs_once_a_call_whether_it_compiles_is_captured_or_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a captured step that is not run in that call, or twice; a graph of another method. The device is played by a list."""
+    from contextlib import contextmanager
+
+    from engine.decode import Replayed
+    ran, into = [], [None]
+
+    class Graph:
+        def __init__(self) -> None:
+            self.held = []
+
+        def replay(self) -> None:
+            ran.extend(self.held)
+
+    @contextmanager
+    def capture(graph: Graph, pool: object) -> Iterator[None]:
+        into[0] = graph
+        yield
+        into[0] = None
+
+    for name, part in {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": object, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    calls = []
+    step = Replayed(lambda method: (calls.append(method), (into[0].held if into[0] else ran).append(method)))
+    order = ["greedy", "greedy", "top_p", "greedy", "top_p", "top_p", "greedy"]
+    for i, method in enumerate(order):
+        step(method)
+        assert ran == order[:i + 1]
+    assert calls == ["greedy", "greedy", "top_p", "top_p"]
+
+
 def largest_loop_nest(code: str) -> int:
     """The most iterations of any nest of C++ loops, nesting read off the indentation."""
     largest, nest = 0, []

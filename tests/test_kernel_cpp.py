@@ -70,8 +70,9 @@ def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, le
     sliding = group.sliding_window or 0
     q, k, v = (x[:, :, None] for x in (q, k, v))
     if hasattr(group, "k"):
-        return (q, k, v, length, NONE, group.k[None], group.v[None], *group.absent, 0, sliding)
-    return (q, k, v, length, group.threshold(group.score_range), *group._buffers.values(), index, sliding)
+        return (q, k, v, length, NONE, *group.operands(window=False), 0, sliding)
+    least = group.threshold(group.score_range) if group.by_threshold else NONE
+    return (q, k, v, length, least, *group._buffers.values(), index, sliding)
 
 
 def attend(form: Attend, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:

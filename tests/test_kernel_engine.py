@@ -38,7 +38,7 @@ def test_the_compiled_step_on_fast_forms_is_one_graph_in_place(device: str) -> N
     found, code = run_and_get_code(tokens, fast, [20, 7, 13], 0)
     assert found == tokens(plain, [20, 7, 13], 0)
     assert counters["stats"]["unique_graphs"] == len(code) == 1 and not counters.get("graph_break")
-    assert not counters["inductor"]["cudagraph_skips"]
+    assert device == "cpu" or all(fast.decode_one_token.graphs.values())
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, lengths in ((1, [36, 1, 6]), (3, [5, 24, 9, 2, 11])):
             assert tokens(fast, lengths, seed) == tokens(plain, lengths, seed)

@@ -90,10 +90,10 @@ def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, le
     """What the operator takes, from a group; q [B, H, D], k, v [B, G, D]."""
     amid = torch.full((2, k.numel() + 512), float("nan"), dtype=k.dtype, device=k.device)[:, 256:-256]      # what is read beside them tells
     k, v = (x.copy_(y.flatten()).view_as(y) for x, y in zip(amid, (k, v), strict=True))
+    v = torch.cat([v * float("nan"), v, v * float("nan")], 1).split(v.shape[1], 1)[1]      # rows apart, as a step projects them
     new, rest = (q[:, :, None], k[:, :, None], v[:, :, None], length), (index, group.sliding_window or 0)
-    if hasattr(group, "k"):
-        return (*new, group.absent[0], group.k[None], group.v[None], *group.absent, *rest)
-    return (*new, group.threshold(group.score_range), *group._buffers.values(), *rest)
+    least = group.threshold(group.score_range) if getattr(group, "by_threshold", False) else q.new_empty(0)
+    return (*new, least, *(group.operands(window=False) if hasattr(group, "k") else group._buffers.values()), *rest)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from test_kernel_triton import BF16, DEVICE, FP16, FP32, INTERPRETED, compiled, 
 from test_split import make, setting
 from torch import Tensor
 
+from cache import CacheConfig
 from cache.kernels import triton_commit
 
 
@@ -33,7 +34,17 @@ def on_device(form: Callable) -> Callable:
     return run
 
 
-commit, store = on_device(triton_commit.commit_triton), on_device(triton_commit.store_triton)
+def apart(x: Tensor) -> Tensor:
+    """x [n, B, G, T, D] as a step projects it: rows with others between them, NaN here."""
+    return torch.cat([x * float("nan"), x, x * float("nan")], 2).split(x.shape[2], 2)[1]
+
+
+def commit_a_step(k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, *rest) -> None:
+    """The operator as the compiled step calls it: one token a row or none, as a bool, and V where it was projected."""
+    triton_commit.commit_triton(k, apart(v), length, n_new.bool(), *rest)
+
+
+commit, store = on_device(commit_a_step), on_device(triton_commit.store_triton)
 
 
 # head_dim, kv heads, dtype, seed, steps; in turn the rules, coefficients, widths, windows and ways to retain; 23 steps fill a row
@@ -84,6 +95,23 @@ def test_triton_stores_a_prompt_as_the_reference(spec: str, interpreter_repairs:
 
 
 @runs_kernels
+@pytest.mark.parametrize("D,dtype", [(128, BF16), (80, FP32)])
+def test_triton_writes_a_step_of_the_full_cache(D: int, dtype: torch.dtype, interpreter_repairs: None,  # noqa: F811
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the cache as a window: a wrong row, head or column, the last one, a row that is done; a third tensor that is written."""
+    group = CacheConfig().build(n_layer=1, n_kv_head=3, head_dim=D, batch=4, max_seq_len=9, dtype=dtype, device="cpu").groups[0]
+    valid = torch.tensor([True, False, True, True])
+    k, v = torch.randn(2, 4, 3, 1, D).to(dtype)
+    length = torch.tensor([0, 3, 8, 5])
+    group.write(k, v, length[:, None], valid[:, None], None)
+    want = group.k.clone(), group.v.clone()
+    group.reset()
+    monkeypatch.setattr(torch.ops.minicache, "commit", commit)
+    group.write_fast(k, v, length, valid)
+    assert torch.equal(group.k, want[0]) and torch.equal(group.v, want[1]) and want[0][2, :, 8].any()
+
+
+@runs_kernels
 @pytest.mark.parametrize("rule", ["slerp", "mean", "max-norm", "optimal"])
 @pytest.mark.parametrize("coef", ["norm", "projection"])
 def test_triton_on_vectors_that_break_formulas(rule: str, coef: str, interpreter_repairs: None,  # noqa: F811
@@ -99,7 +127,7 @@ def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "test_triton_", __file__]
     environment, root = os.environ | {"TRITON_INTERPRET": "1"}, Path(__file__).parents[1]
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert child.returncode == 0 and f"{2 * len(CASES) + 8} passed" in child.stdout, child.stdout[-3000:] + child.stderr[-2000:]
+    assert child.returncode == 0 and f"{2 * len(CASES) + 10} passed" in child.stdout, child.stdout[-3000:] + child.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")

@@ -4,10 +4,11 @@
     minicache::commit(...), k and v [n, B', G, T, D], rows [B'] int64: SplitGroup.commit for n <= 2, heads apart   cache/split.py
 
 Both take the buffers of one layer group as they are, in the order in which SplitGroup registers them; attend only reads, commit writes in
-place. Triton commits a step's tokens (T = 1, all rows); of a prompt it stores the merged columns (triton_commit.py), the reference retains
-and moves the window. Where a part is absent its tensors are empty: no magnitudes (the full cache), no retained slots, no window, no codes.
-Codes are uint8; their bits follow from the last dimension. Trap: an operator that wrote what its schema does not mark would be right in
-eager and wrong when compiled.
+place. `threshold` [B, G] says above which scores retained slots count, empty: all filled ones do; `n_new` [B'] is int64, for one token
+also bool. Triton commits a step's tokens (T = 1, all rows); of a prompt it stores the merged columns (triton_commit.py), the reference
+retains and moves the window. To write into a full cache is to commit to a window as long as it. Where a part is absent its tensors are
+empty: no magnitudes (the full cache), no retained slots, no window, no codes. Codes are uint8; their bits follow from the last dimension.
+Trap: an operator that wrote what its schema does not mark would be right in eager and wrong when compiled.
 """
 import torch
 from torch import Tensor

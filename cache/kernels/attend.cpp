@@ -81,7 +81,7 @@ struct Worker {
         for (int64_t i = task.first; i < task.last; i++) {
             if (i < a.R) {
                 const int64_t slot = head * a.R + i, at = (layer * a.R + slot) * row;
-                if (a.retained_score[slot] > a.threshold[head] && a.retained_pos[slot] >= from)
+                if (a.retained_score[slot] > (a.threshold ? a.threshold[head] : -INFINITY) && a.retained_pos[slot] >= from)
                     push(a.k_retained + at, a.v_retained + at);
             } else if (i < a.R + a.W) {     // the ring's slot w holds the newest position p < length with p mod W = w
                 const int64_t w = i - a.R, at = ((layer + head) * a.W + w) * row;

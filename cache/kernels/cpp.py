@@ -81,7 +81,7 @@ def commit_with(function: Callable[[bytes], None]) -> Callable[..., None]:
         rows = length.new_empty(0) if rows is None else rows        # no elements: a null pointer
         (n, B, _, T, _), slots = k.shape, buffers[0].shape[1]
         assert k.dtype == v.dtype == buffers[5].dtype and rows.dtype == torch.int64 and n <= 2, "see SplitGroup"
-        made = [x.contiguous() for x in (k, v, length, n_new, rows)]
+        made = [x.contiguous() for x in (k, v, length, n_new.long(), rows)]
         function(struct.pack("41q2d", *state(buffers), *[x.data_ptr() for x in made], n, B, T, slots, rule, coef == "projection",
                              RETENTION[retention], sinks, torch.get_num_threads(), t, gamma))
 

@@ -40,7 +40,8 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
                   retained_score: Tensor, score_range: Tensor, overflow: Tensor, k_window: Tensor, v_window: Tensor, rotation: Tensor,
                   k_levels: Tensor, v_levels: Tensor, index: int, sliding_window: int) -> Tensor:
     """The operator (see cache/kernels/__init__.py) -> y [B, H, 1, D] fp32. Stored buffers are contiguous."""
-    q, k, v = (x[:, :, 0].contiguous() for x in (q, k, v))
+    q, k, v = q[:, :, 0].contiguous(), k[:, :, 0].contiguous(), v[:, :, 0]
+    v = v if v[0].is_contiguous() else v.contiguous()           # its rows may lie apart, as they were projected
     y = torch.empty(q.shape, device=q.device)
     stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
               "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
@@ -105,9 +106,10 @@ def launches(tensors: dict[str, Tensor], y: Tensor, *, sliding_window: int, sms:
     unit, middle = (torch.empty(rows * heads if numbers[0] else 0, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
     split = tensors | sizes | shape | dict(
         q_rotated=torch.empty(rotated, dtype=torch.int8 if numbers[0] else torch.float32, device=q.device), q_unit=unit, q_middle=middle,
-        partial=partial, lse=lse, R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)), HE=max(8, power_of_2(heads)), K_BITS=bits[0],
-        V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1], K_NUMBERS=numbers[0], V_NUMBERS=numbers[1],
-        WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0, MASKED=tensors["exact"].numel() > 0, EXACT_BLOCK=exact_block,
+        partial=partial, lse=lse, v_row=tensors["v"].stride(0), R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)),
+        HE=max(8, power_of_2(heads)), K_BITS=bits[0], V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1],
+        K_NUMBERS=numbers[0], V_NUMBERS=numbers[1], WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0,
+        MASKED=tensors["exact"].numel() > 0, BY_THRESHOLD=tensors["threshold"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     n_splits = exact_splits + splits
     combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))

@@ -177,18 +177,22 @@ def threshold(least, most, gamma):
 
 @triton.jit
 def keep(k, v, length, n_new, exact, k_retained, v_retained, retained_pos, retained_score, score_range, overflow, k_window, v_window, far,
-         N, R, sinks, gamma, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MEMBERS: tl.constexpr, K_OWN: tl.constexpr,
-         V_OWN: tl.constexpr, RETENTION: tl.constexpr, SLOTS: tl.constexpr):
-    """Program (row and kv head): the R largest scores so far, and the window. Arguments as of `store`."""
+         k_member, k_row, v_member, v_row, N, R, sinks, gamma, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, MEMBERS: tl.constexpr,
+         K_OWN: tl.constexpr, V_OWN: tl.constexpr, RETENTION: tl.constexpr, SLOTS: tl.constexpr):
+    """Program (row and kv head): the R largest scores so far, and the window. Arguments as of `store`; members and rows of k and v lie as
+    their strides say."""
     head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     some, n = tl.load(n_new + head // G), tl.load(length + head // G).to(tl.int32)
     if some == 0:
         return
-    at, d = tl.arange(0, MEMBERS)[:, None] * heads + head, tl.arange(0, triton.next_power_of_2(D))[None, :]
-    new, real = at * D + d, at * 0 + d < D
-    new_k, new_v = tl.load(k + new, mask=real, other=0), tl.load(v + new, mask=real, other=0)
+    member, d = tl.arange(0, MEMBERS)[:, None].to(tl.int64), tl.arange(0, triton.next_power_of_2(D))[None, :]
+    at, own = member * heads + head, head % G * D + d
+    real = at * 0 + d < D
+    k, v = k + member * k_member + head // G * k_row + own, v + member * v_member + head // G * v_row + own
+    new_k, new_v = tl.load(k, mask=real, other=0), tl.load(v, mask=real, other=0)
     if W > 0:
-        k, v, new = k_window, v_window, (at * W + n % W) * D + d
+        ring = (at * W + n % W) * D + d
+        k, v = k_window + ring, v_window + ring
     if SLOTS > 0:
         if n >= W:
             # 1. the worst slot, which goes if the token that leaves is better; of equally bad ones the newest
@@ -224,12 +228,12 @@ def keep(k, v, length, n_new, exact, k_retained, v_retained, retained_pos, retai
                 tl.store(exact + to, score > least)
                 tl.store(retained_score + head * R + worst, score)
                 tl.store(retained_pos + head * R + worst, tl.minimum(n - W, N - 1))
-                tl.store(k_retained + (at * R + worst) * D + d, tl.load(k + new, mask=real, other=0), mask=real)
-                tl.store(v_retained + (at * R + worst) * D + d, tl.load(v + new, mask=real, other=0), mask=real)
+                tl.store(k_retained + (at * R + worst) * D + d, tl.load(k, mask=real, other=0), mask=real)
+                tl.store(v_retained + (at * R + worst) * D + d, tl.load(v, mask=real, other=0), mask=real)
     if W > 0:
         tl.debug_barrier()                      # the token that leaves was read from the slot that is written now
-        tl.store(k + new, new_k, mask=real)
-        tl.store(v + new, new_v, mask=real)
+        tl.store(k, new_k, mask=real)
+        tl.store(v, new_v, mask=real)
 
 
 def commit_triton(*arguments: Tensor | int | float | str) -> None:
@@ -255,10 +259,14 @@ def launches(*arguments: Tensor | int | float | str) -> list[tuple]:
             "retained_score score_range overflow k_window v_window rotation k_levels v_levels"
     named = dict(zip(names.split(), tensors, strict=True))
     chosen, window = named["rows"] is not None, named["k_window"]
-    named |= {x: named[x].to(window.dtype).contiguous() for x in "kv"} | {x: named[x].contiguous() for x in ("length", "n_new")}
+    named |= {x: named[x].contiguous() for x in ("length", "n_new")}
     named["rows"] = named["rows"].contiguous() if chosen else named["length"]
     (n, B, G, tokens, D), heads, count = named["k"].shape, window.shape[1] * window.shape[2], named["k"][0, ..., 0].numel()
     N, R, W = (named[name].shape[3] for name in ("k_magnitude", "k_retained", "k_window"))
+    for x in "kv":      # rows of a step's vectors may lie apart, as they were projected: `store` finds what leaves in the window
+        new = named[x].to(window.dtype)
+        named[x] = new = new if W and tokens == 1 and new[0, 0].is_contiguous() else new.contiguous()
+        named |= {f"{x}_member": new.stride(0), f"{x}_row": new.stride(1)}
     named |= dict(N=N, R=R, sinks=sinks, gamma=gamma, G=G, W=W, D=D, MEMBERS=n, RULE=rule, PROJECTION=coef == "projection", T=t,
                   RETENTION=retention, SLOTS=triton.next_power_of_2(R) if R else 0, CHOSEN=chosen, heads=heads, count=count, tokens=tokens,
                   far=torch.empty(2 if R else 0, count, device=window.device))
@@ -270,7 +278,7 @@ def launches(*arguments: Tensor | int | float | str) -> list[tuple]:
     many = count > FEW and D == DP <= 128 and not wide              # elsewhere such blocks spill
     named |= dict(BLOCK=32 if many else 16, DEPTH=max(16, min(DP, (2048 if many else 8192 if wide else 16384) // DP)))
     grid = triton.cdiv(count, named["BLOCK"]), 2 * n if named["K_OWN"] or named["V_OWN"] else 2
-    plan = [(store, grid, {"num_warps": 4 if many else 8, "num_stages": 1, "maxnreg": 168})]
+    plan = [(store, grid, {"num_warps": 4 if many else 8, "num_stages": 1, "maxnreg": 168})] if N else []
     if R or W:                              # without fusion: see threshold
         plan.append((keep, (B * G,), {"num_warps": min(max(named["SLOTS"] // 1024, 1), 16), "enable_fp_fusion": False}))
     return [(kernel, grid, {name: named[name] for name in kernel.arg_names}, options) for kernel, grid, options in plan]

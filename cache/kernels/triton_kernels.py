@@ -88,14 +88,15 @@ def plan_row(length, N, W, sliding_window, merged_splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stored, k_magnitude, v_magnitude, exact, k_retained, v_retained,
-                  retained_pos, retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, N, R, W, sliding_window,
-                  exact_splits, G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr,
+                  retained_pos, retained_score, threshold, k_window, v_window, k_levels, v_levels, partial, lse, v_row, N, R, W,
+                  sliding_window, exact_splits, G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr,
                   DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
                   KP: tl.constexpr, VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr,
-                  MASKED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                  MASKED: tl.constexpr, BY_THRESHOLD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr,
+                  STAGES: tl.constexpr):
     """Program (row and kv head, split): splits below `exact_splits` take retained and window slots and the new token, the others merged
-    columns. Tensors as in `minicache::attend`, contiguous, `index` picked; partial [B G, splits, HEADS, D], lse [B G, splits, HEADS] fp32.
-    HP, HE: heads, padded, in merged and in exact columns.
+    columns. Tensors as in `minicache::attend`, `index` picked, contiguous but for v's rows; partial [B G, splits, HEADS, D] and lse [B G,
+    splits, HEADS] fp32. HP, HE: heads, padded, in merged and in exact columns.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -180,13 +181,13 @@ def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stor
         head = tl.minimum(tl.arange(0, HE), HEADS - 1)          # pads: the last one
         own_query, order = (tl.trans(load_exact(q + (row * HEADS + head) * D, D, DP)),), exact_coordinates(DP)
         own_k = tl.load(k + row * D + order, mask=order < D, other=0).to(tl.float32)
-        own_v = tl.load(v + row * D + d, mask=d < D, other=0).to(tl.float32)
+        own_v = tl.load(v + row // G * v_row + row % G * D + d, mask=d < D, other=0).to(tl.float32)
         own = split == 0                                    # the new token counts once; it keeps every sum finite
         own_score = tl.sum(own_query[0].to(tl.float32) * own_k[:, None], 0) * scale
         own_top = tl.where(own, own_score, tl.full([HE], -1e30, tl.float32))
         total = tl.where(own, tl.full([HE], 1.0, tl.float32), tl.zeros([HE], tl.float32))
         own_acc = (tl.where(own, own_v[:, None], tl.zeros([DP, HE], tl.float32)),)
-        least = tl.load(threshold + row) if R > 0 else 0.0
+        least = tl.load(threshold + row) if BY_THRESHOLD else float("-inf")
         newest = (n - 1 + W) % tl.maximum(W, 1)             # slot of the window
         for start in range(split * EXACT_BLOCK, R + W, exact_splits * EXACT_BLOCK):
             slot = start + tl.arange(0, EXACT_BLOCK)
