@@ -75,7 +75,7 @@ class LayerGroup(nn.Module):
             self.pending = []
         self.pending.append((k, v))
         if index == len(self.layers) - 1:
-            ks, vs = (torch.stack(x) for x in zip(*self.pending, strict=True))
+            ks, vs = (torch.stack(x) if len(x) > 1 else x[0][None] for x in zip(*self.pending, strict=True))
             self.pending = None       # a tensor left on self would become an output of the compiled graph
             self.commit(ks, vs, input_pos[:, 0], valid[:, 0] if valid.shape[1] == 1 else valid.sum(1), rows)
         return y

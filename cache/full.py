@@ -41,8 +41,8 @@ class FullLayer(LayerGroup):
         return attend_exact(q, keys, values, mask[:, None])
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        y = torch.ops.minicache.attend(q, k, v, length, self.absent[2][0], *self.operands(window=False), 0, self.sliding_window or 0)
-        return y.to(q.dtype)
+        return torch.ops.minicache.attend(q, k, v, length, self.absent[2][0], *self.operands(window=False), 0, self.sliding_window or 0,
+                                          q.dtype)
 
     def write_fast(self, k: Tensor, v: Tensor, length: Tensor, valid: Tensor) -> None:
         """One new token a row, valid [B], by the operator commit: the cache as a window that no token leaves."""

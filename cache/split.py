@@ -158,8 +158,7 @@ class SplitGroup(LayerGroup):
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
         least = self.threshold(self.score_range) if self.by_threshold else self.score_range[:0]
-        y = torch.ops.minicache.attend(q, k, v, length, least, *self._buffers.values(), index, self.sliding_window or 0)
-        return y.to(q.dtype)
+        return torch.ops.minicache.attend(q, k, v, length, least, *self._buffers.values(), index, self.sliding_window or 0, q.dtype)
 
     # -- writing --------------------------------------------------------------------------------------------------------------------
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:

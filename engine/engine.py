@@ -106,7 +106,7 @@ class Engine:
         # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes; what two read is stored:
         # else each norm adds up the layers before it, and each layer computes cos and sin
         options = {"reorder_for_locality": False, "realize_reads_threshold": 1}
-        if cuda and self.max_batch_size == 1:       # inductor's own product of one row, tuned, instead of the library's
+        if cuda and self.max_batch_size == 1:       # the products of one row: see Linear
             options["coordinate_descent_tuning"] = True
         if cuda:        # timing two ways to write a whole cache would clone it
             options["triton.autotune_pointwise"] = False

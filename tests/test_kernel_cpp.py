@@ -70,9 +70,9 @@ def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, le
     sliding = group.sliding_window or 0
     q, k, v = (x[:, :, None] for x in (q, k, v))
     if hasattr(group, "k"):
-        return (q, k, v, length, NONE, *group.operands(window=False), 0, sliding)
+        return (q, k, v, length, NONE, *group.operands(window=False), 0, sliding, torch.float32)
     least = group.threshold(group.score_range) if group.by_threshold else NONE
-    return (q, k, v, length, least, *group._buffers.values(), index, sliding)
+    return (q, k, v, length, least, *group._buffers.values(), index, sliding, torch.float32)
 
 
 def attend(form: Attend, group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
@@ -243,7 +243,8 @@ def test_operator_is_registered_as_torch_wants_it(builds: list[Attend]) -> None:
     group = make(LAYOUTS[0] + ",bits=4", G=2, D=16, dtype=torch.bfloat16, lengths=torch.tensor([9, 50]))
     clean(group)
     inputs = arguments(group, 0, *query(4, 2, 16, torch.bfloat16, B=2), torch.tensor([9, 50]))
-    torch.library.opcheck(torch.ops.minicache.attend.default, inputs)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.minicache.attend.default, (*inputs[:-1], dtype))
 
     def step(*inputs) -> Tensor:    # q, k, v as views, as a model's projections give them
         q, k, v, *rest = inputs

@@ -1,6 +1,6 @@
 """Fast forms of the two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
 
-    minicache::attend(...) -> y [B, H, 1, D] fp32, from q [B, H, 1, D], k and v [B, G, 1, D]                   cache/base.py
+    minicache::attend(...) -> y [B, H, 1, D] in `dtype`, from q [B, H, 1, D], k and v [B, G, 1, D]                   cache/base.py
     minicache::commit(...), k and v [n, B', G, T, D], rows [B'] int64: SplitGroup.commit for n <= 2, heads apart   cache/split.py
 
 Both take the buffers of one layer group as they are, in the order in which SplitGroup registers them; attend only reads, commit writes in
@@ -19,7 +19,7 @@ library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor length, Tensor threshold, Tensor k_direction, Tensor v_direction, Tensor k_magnitude, "
     "Tensor v_magnitude, Tensor exact, Tensor k_retained, Tensor v_retained, Tensor retained_pos, Tensor retained_score, "
     "Tensor score_range, Tensor overflow, Tensor k_window, Tensor v_window, Tensor rotation, Tensor k_levels, Tensor v_levels, "
-    "int index, int sliding_window) -> Tensor")
+    "int index, int sliding_window, ScalarType dtype) -> Tensor")
 library.define(
     "commit(Tensor k, Tensor v, Tensor length, Tensor n_new, Tensor? rows, Tensor(a!) k_direction, Tensor(b!) v_direction, "
     "Tensor(c!) k_magnitude, Tensor(d!) v_magnitude, Tensor(e!) exact, Tensor(f!) k_retained, Tensor(g!) v_retained, "
@@ -30,7 +30,7 @@ library.define(
 
 @torch.library.register_fake("minicache::attend", lib=library)
 def _(q: Tensor, *args) -> Tensor:
-    return torch.empty(q.shape, device=q.device)
+    return torch.empty(q.shape, dtype=args[-1], device=q.device)
 
 
 @torch.library.register_fake("minicache::commit", lib=library)

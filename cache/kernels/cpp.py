@@ -62,13 +62,13 @@ def build(capability: str) -> Path:
 def attend_with(function: Callable[[bytes], None]) -> Callable[..., Tensor]:
     """The operator's implementation on the C function of one build."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Tensor, *rest: Tensor | int) -> Tensor:
-        *buffers, index, sliding_window = rest
+    def attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Tensor, *rest) -> Tensor:
+        *buffers, index, sliding_window, dtype = rest
         assert q.dtype == k.dtype == v.dtype == buffers[5].dtype and threshold.is_contiguous(), "see SplitGroup"
         y, made = torch.empty(q.shape), [x.contiguous() for x in (q, k, v, length)]     # what a step makes may be a view; buffers are whole
         function(struct.pack("38q", *state(buffers), *[x.data_ptr() for x in (*made, threshold, y)], q.shape[0], q.shape[1], index,
                              sliding_window, torch.get_num_threads()))
-        return y
+        return y.to(dtype)
 
     return attend
 

@@ -38,31 +38,30 @@ def load() -> bool:
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Tensor, k_direction: Tensor, v_direction: Tensor,
                   k_magnitude: Tensor, v_magnitude: Tensor, exact: Tensor, k_retained: Tensor, v_retained: Tensor, retained_pos: Tensor,
                   retained_score: Tensor, score_range: Tensor, overflow: Tensor, k_window: Tensor, v_window: Tensor, rotation: Tensor,
-                  k_levels: Tensor, v_levels: Tensor, index: int, sliding_window: int) -> Tensor:
-    """The operator (see cache/kernels/__init__.py) -> y [B, H, 1, D] fp32. Stored buffers are contiguous."""
+                  k_levels: Tensor, v_levels: Tensor, index: int, sliding_window: int, dtype: torch.dtype) -> Tensor:
+    """The operator (see cache/kernels/__init__.py) -> y [B, H, 1, D]. Stored buffers are contiguous."""
     q, k, v = q[:, :, 0].contiguous(), k[:, :, 0].contiguous(), v[:, :, 0]
     v = v if v[0].is_contiguous() else v.contiguous()           # its rows may lie apart, as they were projected
-    y = torch.empty(q.shape, device=q.device)
     stored = {"k_stored": k_direction, "v_stored": v_direction, "k_magnitude": k_magnitude, "v_magnitude": v_magnitude,
               "k_retained": k_retained, "v_retained": v_retained, "k_window": k_window, "v_window": v_window}
     tensors = {name: x[index if x.shape[0] > 1 else 0] if x.numel() else x for name, x in stored.items()}
     tensors |= dict(q=q, k=k, v=v, length=length.contiguous(), exact=exact, retained_pos=retained_pos, retained_score=retained_score,
                     threshold=threshold, rotation=rotation, k_levels=k_levels, v_levels=v_levels)
     with torch.cuda.device_of(q):
-        plan = launches(tensors, y, sliding_window=sliding_window, sms=multiprocessors(q.device))
+        plan = launches(tensors, dtype, sliding_window=sliding_window, sms=multiprocessors(q.device))
         for kernel, grid, arguments, options in plan:
             kernel[grid](**arguments, **options)
-    combined = plan[-1][2]
-    if v_levels.numel() and "y_rotated" in combined:            # and not turned yet
-        y.view(-1, y.shape[-1]).addmm_(combined["y_rotated"].view(-1, y.shape[-1]), rotation.mT)
-    return y[:, :, None]
+    y, y_rotated = plan[-1][2]["y"], plan[-1][2].get("y_rotated", v_levels[:0])
+    if y_rotated.numel():           # not turned yet
+        y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
+    return y.to(dtype)[:, :, None]
 
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1       # 1: the interpreter
 
 
-def launches(tensors: dict[str, Tensor], y: Tensor, *, sliding_window: int, sms: int) -> list[tuple]:
+def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: int, sms: int) -> list[tuple]:
     """The launches as (kernel, grid, arguments by name, options), for the operator's tensors of one layer (`index` picked).
 
     Work for `sms` multiprocessors; on meta tensors it plans only, which is what compiling ahead of time needs.
@@ -111,7 +110,8 @@ def launches(tensors: dict[str, Tensor], y: Tensor, *, sliding_window: int, sms:
         K_NUMBERS=numbers[0], V_NUMBERS=numbers[1], WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0,
         MASKED=tensors["exact"].numel() > 0, BY_THRESHOLD=tensors["threshold"].numel() > 0, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
-    n_splits = exact_splits + splits
+    n_splits, coded = exact_splits + splits, bits[1] < 16
+    y = torch.empty(q.shape, dtype=torch.float32 if coded and n_splits > few else dtype, device=q.device)
     combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
@@ -121,7 +121,7 @@ def launches(tensors: dict[str, Tensor], y: Tensor, *, sliding_window: int, sms:
     if n_splits <= few:
         turn["STEP"] = min(turn["STEP"], 256 // combine["SPLITS"])
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
-    combine |= dict(y_rotated=torch.empty_like(y), V_CODED=bits[1] < 16, TILE=min(16, power_of_2(n_splits)))
+    combine |= dict(y_rotated=torch.empty_like(y if coded else y[:0]), V_CODED=coded, TILE=min(16, power_of_2(n_splits)))
     return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]
 
 
