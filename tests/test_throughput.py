@@ -99,16 +99,19 @@ def test_fill_memory_takes_the_rows_of_the_card(here, run_out) -> None:
     assert [c.batch for c in here] == fits == [row["batch"] for row in result["rows"]] and fits[1] > fits[0] > 1
 
 
-@pytest.mark.parametrize("card_rows, true_rows", [(1, 1), (1, 0), (100, 100), (100, 61), (1000, 3), (0, 0)])
-def test_fill_memory_shrinks_to_what_runs(monkeypatch, card_rows, true_rows) -> None:
-    """Guards a search that gives up, never ends, or reports a batch that did not run."""
+@pytest.mark.parametrize("device, whole, card_rows, true_rows", [
+    ("cpu", 1, 1, 1), ("cpu", 1, 1, 0), ("cpu", 1, 100, 100), ("cpu", 1, 100, 61), ("cpu", 1, 1000, 3), ("cpu", 1, 0, 0),
+    ("cuda", 1, 61, 30), ("cuda", 8, 248, 241), ("cuda", 8, 248, 5), ("cuda", 128, 1280, 1194), ("cuda", 128, 1280, 3)])
+def test_fill_memory_shrinks_to_what_runs(monkeypatch, device, whole, card_rows, true_rows) -> None:
+    """Guards a search that gives up, never ends, or reports a batch that did not run; rows that are no multiple of a tile's."""
     refused = {"error": "no room", "no_room": True}
     monkeypatch.setattr(throughput, "measure_apart", lambda cell: refused if cell.batch > true_rows else {"rows": cell.batch})
-    cell, figures = throughput.measure_apart_or_fewer(Cell("cpu", "float32", batch=card_rows), throughput.Load(((1, 1),)))
+    cell, figures = throughput.measure_apart_or_fewer(Cell(device, "float32", batch=card_rows), throughput.Load(((1, 1),)))
+    grain = max(whole - 1, card_rows // 32 // whole * whole)
     if "error" in figures:
-        assert true_rows <= max(0, card_rows // 32)
+        assert true_rows <= grain
     else:
-        assert cell.batch == figures["rows"] <= true_rows <= cell.batch + max(0, card_rows // 32)
+        assert cell.batch == figures["rows"] <= true_rows <= cell.batch + grain and cell.batch % whole == 0
 
 
 def test_an_error_of_another_kind_is_not_tried_with_fewer_rows(monkeypatch) -> None:

@@ -93,6 +93,12 @@ def rows_that_fit(c: ModelConfig, cache: CacheConfig, *, memory: int, capacity: 
     return low
 
 
+def whole_rows(n: int, device: str) -> int:
+    """On CUDA products of n rows should be multiples of this: of other than 8 they are padded, which the compiler would first measure; and
+    they are computed in tiles of 128 rows, the last as dear as the others."""
+    return 1 if not device.startswith("cuda") or n < 64 else 8 if n < 1024 else 128
+
+
 def make_card(c: ModelConfig, spec: str, *, capacity: int, prompt_tokens: int, length: int, batches: list[int], dtype: torch.dtype,
               memory: int | None, rates: dict[str, float] | None = None) -> dict:
     """One cache's card. `length`: stored tokens a row in a typical step; `batches` empty: as many rows as fit; memory None: rows unknown;

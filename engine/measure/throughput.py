@@ -16,7 +16,7 @@ import torch
 
 from cache import CacheConfig
 from cache.codec import rotation_matrix
-from engine.measure.card import ceiling_tokens_per_s, kv_bytes, make_card, step_cost
+from engine.measure.card import ceiling_tokens_per_s, kv_bytes, make_card, step_cost, whole_rows
 from engine.measure.cell import Cell, measure_apart
 from engine.measure.peers import COMPILED, read_peers
 from engine.measure.report import check_outputs, machine, new_figure, print_table, progress, save_figure, write_json
@@ -119,8 +119,7 @@ def run(args: argparse.Namespace) -> int:
     if limit and peers and "full" not in fits:
         fits["full"] = make_card(config, "full", batches=[1], memory=memory, **shape)["rows_that_fit"]
     rows = payload["rows"]
-    # multiples of 8: matrix products of other sizes are padded, which the compiler would first measure
-    fits = {spec: n - n % 8 if cuda and n >= 64 else n for spec, n in fits.items()}
+    fits = {spec: n - n % whole_rows(n, base.device) for spec, n in fits.items()}
     todo = [(kind, fits[kind.cache] if batch is None else batch) for batch in batches or [None] for kind in kinds
             if kind.peer != "gpt-fast" or batch == 1]
     try:
@@ -224,11 +223,11 @@ def name_of(cell: Cell) -> str:
 
 
 def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
-    """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32: down in growing steps, as the card is nearly right,
-    then halving between what ran and what did not. An error that says nothing of memory ends the search."""
+    """The largest batch up to cell.batch that runs within the memory limit, to 1 in 32 or to `whole_rows`: down in growing steps, as the
+    card is nearly right, then halving between what ran and what did not. An error that says nothing of memory ends the search."""
     nothing = {"error": "0 rows fit beside the weights and a prefill's scratch; raise --fill-memory"}
-    best, low, high, size = (cell, nothing), 0, cell.batch + 1, cell.batch
-    down = grain = max(1, cell.batch // 32)
+    best, low, high, size, whole = (cell, nothing), 0, cell.batch + 1, cell.batch, whole_rows(cell.batch, cell.device)
+    down = grain = max(1, cell.batch // 32 // whole) * whole
     while high - low > grain:
         trial = replace(cell, batch=size, lengths=load.requests(size))
         figures = measure_apart(trial)
@@ -237,10 +236,10 @@ def measure_apart_or_fewer(cell: Cell, load: Load) -> tuple[Cell, dict]:
             if not figures.get("no_room"):
                 break
             progress(f"  {size} rows do not fit: {figures['error']}")
-            size, down = max((low + high) // 2, high - down), 2 * down
+            size, down = max((low + high) // 2 // whole * whole, high - down), 2 * down
         else:
             low, best = size, (trial, figures)
-            size = (low + high) // 2
+            size = (low + high) // 2 // whole * whole
     return best
 
 
