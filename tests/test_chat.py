@@ -75,9 +75,7 @@ def small(tmp_path: Path, template: object = None, **config: str) -> Path:
     """The embedded tokenizer with ChatML tokens beside it."""
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     added = {"<|im_start|>": 4096, "<|im_end|>": 4097}
-    return copy_with(
-        tmp_path, plain_tokenizer(), tokenizer_config=settings, added_tokens=added, config=config
-    )
+    return copy_with(tmp_path, plain_tokenizer(), tokenizer_config=settings, added_tokens=added, config=config)
 
 
 # --- ids equal those of transformers ---------------------------------------------------------------------------------
@@ -233,10 +231,7 @@ def test_family_is_told_by_the_tokens(tmp_path):
 
 # --- what a template may do, and what a user may write ---------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
 
 def test_special_tokens_in_messages_stay_text(tmp_path):
@@ -258,18 +253,14 @@ def test_private_use_characters_survive(tmp_path):
     assert text in tokenizer.decode(template.encode(chat(text)))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{% set _ = messages.append(1) %}",
-        "{{ raise_exception('roles must\nalternate') }}",
-        "{{ none + 'x' }}",
-        "{{ messages[7].content.x }}",
-        "{% include 'other' %}",
-    ],
-)
+@pytest.mark.parametrize("source", [
+    "{{ messages.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{% set _ = messages.append(1) %}",
+    "{{ raise_exception('roles must\nalternate') }}",
+    "{{ none + 'x' }}",
+    "{{ messages[7].content.x }}",
+    "{% include 'other' %}"])
 def test_template_that_fails(source, tmp_path):
     """Guards: a sandbox escape, and a traceback for a template's own refusal: one line each."""
     _, template = load(small(tmp_path, source))

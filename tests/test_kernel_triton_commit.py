@@ -14,7 +14,8 @@ import pytest
 import test_kernel_commit
 import torch
 from test_kernel_commit import assert_like, run
-from test_kernel_triton import BF16, DEVICE, FP16, FP32, INTERPRETED, compiled, interpreter_repairs, runs_kernels  # noqa: F401
+from test_kernel_triton import BF16, DEVICE, FP16, FP32, INTERPRETED, interpreter_repairs, runs_kernels  # noqa: F401
+from test_kernel_triton_ahead import compiled
 from test_split import make, setting
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 A load's threads are where the tensor core wants them: of a tile [columns, bytes] of int8 thread (g, t), one of 8 x 4, takes rows g, 8 + g,
 .., and words t, 4 + t, ..; of [units, columns] of bf16 units g, 8 + g, .. and two columns at 2 t of every eight.
 Trap: only the layouts that Triton chooses make that so, in loops without a conversion. What is computed does not depend on them, but the
-time does: tests/test_kernel_triton.py counts instructions. Assembly of K depends on one thing: a register has 4 bytes in a row.
+time does: tests/test_kernel_triton_ahead.py counts instructions. Assembly of K depends on one thing: a register has 4 bytes in a row.
 """
 import triton
 import triton.language as tl
