@@ -49,7 +49,10 @@ class LayerGroup(nn.Module):
         raise NotImplementedError
 
     def commit(self, k: Tensor, v: Tensor, length: Tensor, n_new: Tensor, rows: Tensor | None = None) -> None:
-        """Store n_new [B'] tokens after `length` [B'] stored ones, all members at once. k, v [n, B', G, T, D], right padded."""
+        """Store n_new [B'] tokens after `length` [B'] stored ones, all members at once. k, v [n, B', G, T, D], right padded.
+
+        Of a step's one token a row n_new says whether there is one, as a bool.
+        """
         raise NotImplementedError
 
     def read(self, index: int, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,12 @@ class Replayed:
     """A step on CUDA as a CUDA graph for each method: the first call runs the step, the second captures it, every later one only replays.
 
     It can because the step takes nothing and returns nothing; so the host checks no guards and hands over no pointers.
+    Trap: without a stream of the model's device the current device is captured, where nothing is launched.
     """
 
-    def __init__(self, step: Callable[[str], None]) -> None:
-        self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()    # graphs run one at a time: they share scratch
+    def __init__(self, step: Callable[[str], None], device: torch.device) -> None:
+        self.step, self.graphs, self.stream = step, {}, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()          # graphs run one at a time: they share scratch
 
     def __call__(self, method: str) -> None:
         if method not in self.graphs:
@@ -77,9 +79,8 @@ class Replayed:
             self.graphs[method] = None
             return
         if self.graphs[method] is None:
-            torch.cuda.empty_cache()        # a graph's pool cannot take what is cached
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            graph = torch.cuda.CUDAGraph()          # another thread's calls are its own affair
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 self.step(method)
             self.graphs[method] = graph
         self.graphs[method].replay()

@@ -103,15 +103,15 @@ class Engine:
         """One graph, or an error; an engine's recompiles do not count against those of another where torch can tell them apart."""
         isolate = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
         cuda = self.device.type == "cuda"
-        # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes; what two read is stored:
-        # else each norm adds up the layers before it, and each layer computes cos and sin
+        # reordering moves a layer's reads behind the group's commit, which then copies every buffer it writes; what several read and itself
+        # reads two is stored: else each norm adds up the layers before it, and each layer computes cos and sin
         options = {"reorder_for_locality": False, "realize_reads_threshold": 1}
         if cuda and self.max_batch_size == 1:       # the products of one row: see Linear
             options["coordinate_descent_tuning"] = True
         if cuda:        # timing two ways to write a whole cache would clone it
             options["triton.autotune_pointwise"] = False
         compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options, **isolate)
-        return Replayed(compiled) if cuda else compiled
+        return Replayed(compiled, self.device) if cuda else compiled
 
     @property
     def bits_per_element(self) -> float:

@@ -121,15 +121,17 @@ def test_on_a_gpu_a_step_runs_once_a_call_whether_it_compiles_is_captured_or_rep
             ran.extend(self.held)
 
     @contextmanager
-    def capture(graph: Graph, pool: object) -> Iterator[None]:
+    def capture(graph: Graph, *, stream: str, **_: object) -> Iterator[None]:
+        assert stream == "on cuda:1", "another device's launches are not captured"
         into[0] = graph
         yield
         into[0] = None
 
-    for name, part in {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": object, "empty_cache": lambda: None}.items():
+    for name, part in {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": object, "empty_cache": lambda: None,
+                       "Stream": lambda device: f"on {device}"}.items():
         monkeypatch.setattr(torch.cuda, name, part)
     calls = []
-    step = Replayed(lambda method: (calls.append(method), (into[0].held if into[0] else ran).append(method)))
+    step = Replayed(lambda method: (calls.append(method), (into[0].held if into[0] else ran).append(method)), torch.device("cuda:1"))
     order = ["greedy", "greedy", "top_p", "greedy", "top_p", "top_p", "greedy"]
     for i, method in enumerate(order):
         step(method)

@@ -159,7 +159,7 @@ def test_equals_the_reference(name: str, interpreter_repairs: None, monkeypatch:
         min(most, tiles), max(1, min(most, exact_tiles))))
     inputs = filled(spec, heads=heads, D=D, S=S, lengths=lengths, dtype=dtype, sliding_window=sliding_window)
     assert_equal(*inputs)
-    if dtype == BF16 and D == 64:       # of sums that three kernels may have written
+    if dtype == BF16 and D in (64, 256):        # written by each of the three ways that the sums are combined
         *wide, _ = arguments(inputs[0], 0, *(x[0] for x in inputs[1:4]), inputs[4])
         assert torch.equal(triton_attend.attend_triton(*wide, BF16), triton_attend.attend_triton(*wide, FP32).to(BF16))
 

@@ -22,7 +22,7 @@ def plan(bits: int, *, D: int, dtype: torch.dtype, G: int = 8, B: int = 4) -> li
            "window": make(B, G, W, D, dtype=dtype), "levels": make(2 ** bits if bits < 16 else 0)}
     tensors = {f"{x}_{kind}": tensor for x in "kv" for kind, tensor in one.items()}
     tensors |= dict(q=make(B, H, D, dtype=dtype), k=make(B, G, D, dtype=dtype), v=make(B, G, D, dtype=dtype),
-                    length=make(B, dtype=torch.int64), exact=make(B, G, N if R else 0, dtype=torch.bool), threshold=make(B, G),
+                    length=make(B, dtype=torch.int64), exact=make(B, G, N if R else 0, dtype=torch.bool), threshold=make(0),
                     retained_pos=make(B, G, R, dtype=torch.int32), retained_score=make(B, G, R), rotation=make(D, D))
     return triton_attend.launches(tensors, dtype, sliding_window=0, sms=132)
 

@@ -99,7 +99,7 @@ def test_triton_stores_a_prompt_as_the_reference(spec: str, interpreter_repairs:
 @pytest.mark.parametrize("D,dtype", [(128, BF16), (80, FP32)])
 def test_triton_writes_a_step_of_the_full_cache(D: int, dtype: torch.dtype, interpreter_repairs: None,  # noqa: F811
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: the cache as a window: a wrong row, head or column, the last one, a row that is done; a third tensor that is written."""
+    """Guards: the cache as a window: a wrong row, head or column, the last one, a row that is done."""
     group = CacheConfig().build(n_layer=1, n_kv_head=3, head_dim=D, batch=4, max_seq_len=9, dtype=dtype, device="cpu").groups[0]
     valid = torch.tensor([True, False, True, True])
     k, v = torch.randn(2, 4, 3, 1, D).to(dtype)
@@ -144,7 +144,7 @@ def test_compiles_ahead_without_spills(capability: int, spec: str, D: int, few: 
     monkeypatch.setattr(torch.ops.minicache, "commit", lambda *arguments: planned.extend(triton_commit.launches(*arguments)))
     group = make(setting(spec), D=D, S=4096, dtype=BF16)
     group.form, new = "triton", torch.zeros(len(group.layers), 3, 2, 1, D, dtype=BF16)
-    group.commit(new, new, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+    group.commit(new, new, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool))
     assert len(planned) == 2
     for kernel, _, arguments, options in planned:
         registers, stack, shared = compiled(kernel, arguments, options, capability, tmp_path)

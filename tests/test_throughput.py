@@ -93,15 +93,18 @@ def test_trace_sets_the_capacity(here, run_out, tmp_path) -> None:
     assert row["new_tokens"] == 10 and row["decoded_tokens"] == 7 and row["ceiling_tokens_per_s"] > 0
 
 
-def test_fill_memory_takes_the_rows_of_the_card(here, run_out) -> None:
+@pytest.mark.parametrize("whole", [1, 7])
+def test_fill_memory_takes_the_rows_of_the_card(here, run_out, monkeypatch, whole) -> None:
+    monkeypatch.setattr(throughput, "whole_rows", lambda n, device: whole)
     _, result = run_out("--fill-memory", "0.051", "--cache", "full", "minicache,bits=4,window=2,sinks=0")
-    fits = [card["rows_that_fit"] for card in result["cards"]]
+    fits = [card["rows_that_fit"] // whole * whole for card in result["cards"]]
     assert [c.batch for c in here] == fits == [row["batch"] for row in result["rows"]] and fits[1] > fits[0] > 1
 
 
 @pytest.mark.parametrize("device, whole, card_rows, true_rows", [
     ("cpu", 1, 1, 1), ("cpu", 1, 1, 0), ("cpu", 1, 100, 100), ("cpu", 1, 100, 61), ("cpu", 1, 1000, 3), ("cpu", 1, 0, 0),
-    ("cuda", 1, 61, 30), ("cuda", 8, 248, 241), ("cuda", 8, 248, 5), ("cuda", 128, 1280, 1194), ("cuda", 128, 1280, 3)])
+    ("cuda", 1, 61, 30), ("cuda", 8, 248, 241), ("cuda", 8, 248, 5), ("cuda", 128, 1280, 1194), ("cuda", 128, 1280, 3),
+    ("cuda", 128, 4096, 1900), ("cuda", 128, 4096, 1100)])
 def test_fill_memory_shrinks_to_what_runs(monkeypatch, device, whole, card_rows, true_rows) -> None:
     """Guards a search that gives up, never ends, or reports a batch that did not run; rows that are no multiple of a tile's."""
     refused = {"error": "no room", "no_room": True}
