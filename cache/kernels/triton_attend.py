@@ -98,11 +98,8 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
     shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
-    # a program that turns vectors is alone on its multiprocessor and waits for few strips of the rotation, or takes few registers
-    grid = (-(-rows * heads // 16),)
-    alone = grid[0] <= sms and D <= 128 and not wide
-    turn = dict(rotation=tensors.pop("rotation"), D=D, DP=shape["DP"], STEP=min(8192 if alone else 4096, shape["DP"] ** 2) // shape["DP"],
-                PRECISION="ieee" if wide else "tf32x3")
+    turn = dict(rotation=tensors.pop("rotation"), D=D, DP=shape["DP"], STEP=min((4096 if wide else 16384) // shape["DP"], shape["DP"]),
+                WIDE=wide)
     width = slots[0] * widths[0] if numbers[0] else shape["DP"]
     rotated = (rows * heads, 2, width) if numbers[0] else q.shape if bits[0] < 16 else (0,)
     unit, middle = (torch.empty(rows * heads if numbers[0] else 0, dtype=x, device=q.device) for x in (torch.float32, torch.int32))
@@ -117,12 +114,13 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
     y = torch.empty(q.shape, dtype=torch.float32 if coded and n_splits > few else dtype, device=q.device)
     combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
-    out = [(kernels.attend_splits, (rows, n_splits), split, options)]
+    out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
         rotate = {name: split[name] for name in ("q", "q_rotated", "q_unit", "q_middle", "K_BITS", "K_NUMBERS", "KP")}
         out.insert(0, (kernels.rotate, grid, turn | rotate | dict(count=rows * heads, WIDTH=width), {"num_warps": 8}))
     if n_splits <= few:
-        turn["STEP"] = turn["STEP"] if alone else min(turn["STEP"], 256 // combine["SPLITS"])
+        # a program that has a multiprocessor to itself takes registers, so that it waits for few strips of the rotation
+        turn["STEP"] = min(turn["STEP"], 64, 256 // combine["SPLITS"] if wide or grid[0] > sms else 64)
         return [*out, (kernels.combine_and_rotate, grid, combine | turn | dict(count=rows * heads), {"num_warps": 8})]
     combine |= dict(y_rotated=torch.empty_like(y if coded else y[:0]), V_CODED=coded, TILE=min(16, power_of_2(n_splits)))
     return [*out, (kernels.combine_splits, (rows, heads), combine, {"num_warps": 1 if n_splits <= 4 else 4})]

@@ -236,20 +236,22 @@ def combine_splits(partial, lse, length, y, y_rotated, N, W, sliding_window, exa
         tl.store(y_rotated + out, rotated, mask=d < D)
 
 
-# -- to and from the rotated basis: 16 vectors a program, so that the rotation is read once for 16 -----------------------------------------
+# -- to and from the rotated basis: 16 vectors a program, so that the rotation is read once for 16. Its elements have one magnitude; over
+# that they are 1 and -1, exact in 16 bits, and so are their products with what has 16 bits ----------------------------------------------
 @triton.jit
-def rotate(q, rotation, q_rotated, q_unit, q_middle, count, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+def rotate(q, rotation, q_rotated, q_unit, q_middle, count, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
            K_BITS: tl.constexpr, K_NUMBERS: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr):
     """q [count, D] @ rotation [D, D] -> q_rotated [count, D] fp32; or what `load_query_numbers` wants: [count, 2, WIDTH] int8, q_unit and
     q_middle [count]."""
     i, j = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None], tl.arange(0, WIDTH)
     d = (k_coordinates(j, KP, D, K_BITS, True) if K_NUMBERS else j)[None, :]
-    sums = tl.zeros([16, WIDTH], tl.float32)
+    sums, over = tl.zeros([16, WIDTH], tl.float32), 1.0 if WIDE else 1 / tl.abs(tl.load(rotation))
     for start in tl.static_range(0, DP, STEP):
         c = start + tl.arange(0, STEP)
-        part = tl.load(q + i * D + c[None, :], mask=(i < count) & (c < D)[None, :], other=0).to(tl.float32)
-        turn = tl.load(rotation + c[:, None] * D + d, mask=(c < D)[:, None] & (d < D), other=0)
-        sums = tl.dot(part, turn, sums, input_precision=PRECISION)
+        part = tl.load(q + i * D + c[None, :], mask=(i < count) & (c < D)[None, :], other=0)
+        turn = tl.load(rotation + c[:, None] * D + d, mask=(c < D)[:, None] & (d < D), other=0) * over
+        sums = tl.dot(part, turn.to(part.dtype), sums, input_precision="ieee")
+    sums /= over
     if K_NUMBERS:
         coarse, fine, unit = to_numbers(sums)
         at, row = q_rotated + i * (2 * WIDTH) + j[None, :], tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -264,7 +266,7 @@ def rotate(q, rotation, q_rotated, q_unit, q_middle, count, D: tl.constexpr, DP:
 @triton.jit
 def combine_and_rotate(partial, lse, length, rotation, y, count, N, W, sliding_window, exact_splits, n_splits, G: tl.constexpr,
                        HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-                       STEP: tl.constexpr, PRECISION: tl.constexpr):
+                       STEP: tl.constexpr, WIDE: tl.constexpr):
     """`combine_splits` for 16 of the `count` query heads, of few splits, and back to the basis of the exact columns: y [count, D]."""
     i, d, s = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, DP)[None, :], tl.arange(0, SPLITS)[None, :]
     row, here = (i // HEADS).to(tl.int64), i < count
@@ -279,10 +281,16 @@ def combine_and_rotate(partial, lse, length, rotation, y, count, N, W, sliding_w
     for split in range(exact_splits):
         own = tl.sum(tl.where(s == split, at, 0), 1)[:, None] * D + d
         sums += tl.load(partial + own, mask=here[:, None] & (d < D), other=0) * tl.sum(tl.where(s == split, weight, 0.0), 1)[:, None]
-    merged = used & (s >= exact_splits)
+    merged, turned, over = used & (s >= exact_splits), tl.zeros([16, DP], tl.float32), 1.0 if WIDE else 1 / tl.abs(tl.load(rotation))
     for start in tl.static_range(0, DP, STEP):
         c = start + tl.arange(0, STEP)
         part = tl.load(partial + at[:, :, None] * D + c[None, None, :], mask=merged[:, :, None] & (c < D)[None, None, :], other=0)
-        turn = tl.load(rotation + d * D + c[:, None], mask=(c < D)[:, None] & (d < D), other=0)
-        sums = tl.dot(tl.sum(part * weight[:, :, None], 1), turn, sums, input_precision=PRECISION)
+        turn = tl.load(rotation + d * D + c[:, None], mask=(c < D)[:, None] & (d < D), other=0) * over
+        part = tl.sum(part * weight[:, :, None], 1)
+        if WIDE:
+            turned = tl.dot(part, turn, turned, input_precision="ieee")
+        else:               # two halves of a sum, 16 bits in all
+            high, turn = part.to(tl.bfloat16), turn.to(tl.bfloat16)
+            turned = tl.dot((part - high.to(tl.float32)).to(tl.bfloat16), turn, tl.dot(high, turn, turned))
+    sums += turned / over
     tl.store(y + i.to(tl.int64)[:, None] * D + d, sums, mask=here[:, None] & (d < D))
