@@ -125,6 +125,7 @@ CASES = {   # name: spec, (query heads, kv heads), head_dim, capacity, lengths, 
     "full bf16, GQA 4": ("full", (4, 1), 64, 150, [140, 0], BF16, None, 16),
     "full fp32, one program a row": ("full", (3, 1), 128, 70, [66, 31], FP32, None, 1),
     "full fp16, sliding": ("full", (2, 2), 96, 100, [99, 20], FP16, 30, 16),
+    "16 bits, one program a row": ("quant,window=0,sinks=0", (4, 1), 64, 150, [140, 0], BF16, None, 1),
     "16 bits merged": ("minicache,merge_from=0", (4, 1), 128, 100, [97, 5], BF16, None, 16),
     "4 bits merged, GQA 4": ("minicache,merge_from=0,bits=4,retain=0.2", (4, 1), 64, 180, [175, 70], BF16, None, 16),
     "4 bits, many tiles a program": ("quant,bits=4,window=5", (4, 2), 64, 200, [190], FP16, None, 1),
@@ -156,7 +157,7 @@ def test_equals_the_reference(name: str, interpreter_repairs: None, monkeypatch:
     """Guards: a wrong plane, mask, ring position, split or weight; every bit width, head_dim and dtype; rows that hold nothing."""
     spec, heads, D, S, lengths, dtype, sliding_window, most = CASES[name]
     monkeypatch.setattr(triton_attend, "choose_splits", lambda rows, tiles, exact_tiles, resident, few: (
-        min(most, tiles), max(1, min(most, exact_tiles))))
+        min(most, tiles), 0 if exact_tiles is None else max(1, min(most, exact_tiles))))
     inputs = filled(spec, heads=heads, D=D, S=S, lengths=lengths, dtype=dtype, sliding_window=sliding_window)
     assert_equal(*inputs)
     if dtype == BF16 and D in (64, 256):        # written by each of the three ways that the sums are combined
@@ -187,6 +188,7 @@ def test_splits_share_the_work_out() -> None:
         n, e = triton_attend.choose_splits(*case, 10 ** 6)
         assert time(*case, n, e) <= 1.05 * least and e <= max(1, exact), f"{case}: {n}, {e}"
     assert triton_attend.choose_splits(256, 256, 0, 2112, 16) == (8, 1) and triton_attend.choose_splits(38208, 15, 4, 2112, 16) == (1, 1)
+    assert triton_attend.choose_splits(7680, 8, None, 528, 1) == (1, 0)         # no exact columns: nothing to combine
     assert sum(triton_attend.choose_splits(32, 16, 4, 2112, 16)) <= 16          # short rows: a launch would take longer
 
 

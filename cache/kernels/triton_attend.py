@@ -51,8 +51,10 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, length: Tensor, threshold: Te
         plan = launches(tensors, dtype, sliding_window=sliding_window, sms=multiprocessors(q.device))
         for kernel, grid, arguments, options in plan:
             kernel[grid](**arguments, **options)
-    y, y_rotated = plan[-1][2]["y"], plan[-1][2].get("y_rotated", v_levels[:0])
-    if y_rotated.numel():           # not turned yet
+    y, y_rotated = (plan[-1][2].get(name) for name in ("y", "y_rotated"))
+    if y is None:                                           # one program a row, nothing to combine
+        return plan[-1][2]["partial"].view(q.shape)[:, :, None]
+    if y_rotated is not None and y_rotated.numel():         # not turned yet
         y.view(-1, y.shape[-1]).addmm_(y_rotated.view(-1, y.shape[-1]), rotation.mT)
     return y.to(dtype)[:, :, None]
 
@@ -93,8 +95,10 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
     resident = max(1, sms * (REGISTERS // registers) // warps)
     tiles = max(-(-N // block), 1), -(-(R + W) // (16 if numbers[1] else 2 * exact_block))
     few = 16 if bits[1] < 16 and D <= 128 else 0         # splits that are combined and turned at once: more take too many registers
-    splits, exact_splits = choose_splits(rows, *tiles, resident, few)
-    partial = torch.empty(rows, exact_splits + splits, heads, D, device=q.device)
+    own = R + W == 0 and min(bits) == 16        # no exact columns: the programs of merged ones take the new token
+    splits, exact_splits = choose_splits(rows, tiles[0], None, resident, 1) if own else choose_splits(rows, *tiles, resident, few)
+    alone = exact_splits + splits == 1          # what it sums up is what is wanted
+    partial = torch.empty(rows, exact_splits + splits, heads, D, dtype=dtype if alone else torch.float32, device=q.device)
     lse = torch.empty(rows, exact_splits + splits, heads, device=q.device)
     sizes = dict(N=N, W=W, sliding_window=sliding_window, exact_splits=exact_splits)
     shape = dict(G=G, HEADS=heads, D=D, DP=max(16, power_of_2(D)), BLOCK=block)
@@ -108,7 +112,7 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
         partial=partial, lse=lse, v_row=tensors["v"].stride(0), R=R, HP=max(4 if all(numbers) else 8, power_of_2(heads)),
         HE=max(8, power_of_2(heads)), K_BITS=bits[0], V_BITS=bits[1], K_SLOTS=slots[0], V_SLOTS=slots[1], KP=widths[0], VP=widths[1],
         K_NUMBERS=numbers[0], V_NUMBERS=numbers[1], WHOLE=N >= block, SCALED=tensors["k_magnitude"].numel() > 0,
-        MASKED=tensors["exact"].numel() > 0, BY_THRESHOLD=tensors["threshold"].numel() > 0, EXACT_BLOCK=exact_block,
+        MASKED=tensors["exact"].numel() > 0, BY_THRESHOLD=tensors["threshold"].numel() > 0, OWN=own, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     n_splits, coded = exact_splits + splits, bits[1] < 16
     y = torch.empty(q.shape, dtype=torch.float32 if coded and n_splits > few else dtype, device=q.device)
@@ -118,6 +122,8 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
     if bits[0] < 16:
         rotate = {name: split[name] for name in ("q", "q_rotated", "q_unit", "q_middle", "K_BITS", "K_NUMBERS", "KP")}
         out.insert(0, (kernels.rotate, grid, turn | rotate | dict(count=rows * heads, WIDTH=width), {"num_warps": 8}))
+    if alone:
+        return out
     if n_splits <= few:
         # a program that has a multiprocessor to itself takes registers, so that it waits for few strips of the rotation
         turn["STEP"] = min(turn["STEP"], 64, 256 // combine["SPLITS"] if wide or grid[0] > sms else 64)
@@ -127,16 +133,16 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
 
 
 @functools.cache
-def choose_splits(rows: int, tiles: int, exact_tiles: int, resident: int, few: int) -> tuple[int, int]:
-    """How many programs share the merged tiles of a full row, and how many its exact tiles, which get no more of them to do.
+def choose_splits(rows: int, tiles: int, exact_tiles: int | None, resident: int, few: int) -> tuple[int, int]:
+    """How many programs share the merged tiles of a full row, and how many its exact tiles, which get no more of them to do (None: none).
 
     The fewest that take at most 5 % longer than need be, where `resident` programs run at once, first those of exact tiles, and whoever is
     done starts the next one. A tile takes 1; a program's start and end 2 more, or 1 of exact tiles; a launch more, for more than `few`, 4.
     """
     def plan(n: int) -> tuple[int, int, int]:
         each = -(-tiles // n)
-        e = max(1, -(-exact_tiles // each))
-        exact, merged = -(-exact_tiles // e) + 1, each + 2
+        e = 0 if exact_tiles is None else max(1, -(-exact_tiles // each))
+        exact, merged = -(-(exact_tiles or 0) // max(e, 1)) + 1, each + 2
         rounds, late = divmod(rows * e, resident)
         start = rounds * exact          # here all but `late` programs at once are free for merged tiles, those `exact` later
 

@@ -77,13 +77,14 @@ def store_split(partial, lse, at, top, total, acc, HEADS: tl.constexpr, HP: tl.c
 
 @triton.jit
 def plan_row(length, N, W, sliding_window, merged_splits, BLOCK: tl.constexpr):
-    """A row's work from its length: first position seen, end of its merged columns, first tile, tiles a program, programs that have any."""
+    """A row's work from its length: first position seen, end of its merged columns, first tile, tiles a program, programs that have any (1
+    at least)."""
     first = tl.where(sliding_window > 0, tl.maximum(length - sliding_window + 1, 0), 0)
     end = tl.minimum(tl.maximum(length - W, 0), N)
     tile = first // BLOCK
     tiles = tl.maximum(tl.cdiv(end, BLOCK) - tile, 0)
     each = tl.maximum(tl.cdiv(tiles, merged_splits), 1)
-    return first, end, tile, each, tl.cdiv(tiles, each)
+    return first, end, tile, each, tl.maximum(tl.cdiv(tiles, each), 1)
 
 
 @triton.jit
@@ -92,11 +93,11 @@ def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stor
                   sliding_window, exact_splits, G: tl.constexpr, HEADS: tl.constexpr, HP: tl.constexpr, HE: tl.constexpr, D: tl.constexpr,
                   DP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
                   KP: tl.constexpr, VP: tl.constexpr, K_NUMBERS: tl.constexpr, V_NUMBERS: tl.constexpr, SCALED: tl.constexpr,
-                  MASKED: tl.constexpr, BY_THRESHOLD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, EXACT_BLOCK: tl.constexpr,
-                  STAGES: tl.constexpr):
+                  MASKED: tl.constexpr, BY_THRESHOLD: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+                  EXACT_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Program (row and kv head, split): splits below `exact_splits` take retained and window slots and the new token, the others merged
     columns. Tensors as in `minicache::attend`, `index` picked, contiguous but for v's rows; partial [B G, splits, HEADS, D] and lse [B G,
-    splits, HEADS] fp32. HP, HE: heads, padded, in merged and in exact columns.
+    splits, HEADS]. HP, HE: heads, padded, in merged and in exact columns. OWN: no exact columns, the first split takes the new token.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -126,6 +127,9 @@ def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stor
         # the products of one tile fill the gaps of the other's
         LATER: tl.constexpr = K_NUMBERS and V_NUMBERS
         parts, fade = tl.zeros([BLOCK, 2 * HP], tl.bfloat16), tl.full([HP], 1.0, tl.float32)
+        if OWN:             # begun here, used behind the loop
+            new_k = tl.load(k + row * D + tl.arange(0, KP), mask=tl.arange(0, KP) < D, other=0)
+            new_v = tl.load(v + row // G * v_row + row % G * D + tl.arange(0, VP), mask=tl.arange(0, VP) < D, other=0)
         if LATER:
             v_packed = load_v(v_stored, tl.minimum(begin, room), N, V_BITS, D, BLOCK, WHOLE)
         for start in tl.range(begin, tl.minimum(begin + each * BLOCK, end), BLOCK, num_stages=STAGES):
@@ -167,6 +171,11 @@ def attend_splits(q, q_rotated, q_unit, q_middle, k, v, length, k_stored, v_stor
                 acc = add_tile(acc, p.to(DTYPE), decode(v_packed, v_levels, V_BITS, D, V_SLOTS, DTYPE, True), fade)
         if LATER:
             acc = add_tile(acc, parts, decode_v(v_packed, V_BITS, V_SLOTS), interleave(fade, fade))
+        if OWN:
+            new_score = tl.sum(query[0].to(tl.float32) * new_k.to(tl.float32)[:, None], 0) * scale
+            top, p, fade = online_softmax(top, new_score[None, :], tl.full([1], 0, tl.int32) == split)
+            totals = totals * fade[None, :] + p
+            acc = (acc[0] * fade[None, :] + new_v.to(tl.float32)[:, None] * p,)
         sums = acc
         if V_NUMBERS:
             STEP: tl.constexpr = grid_step(V_BITS)
