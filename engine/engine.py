@@ -24,6 +24,7 @@ from weights import Alignment, align, available_bytes, load_model
 
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
 PREFILL_MASK = 2 ** 23      # entries of a chunk's mask over the whole prompt: past 16k tokens chunks become shorter
+AHEAD = ("cuda",)           # devices that begin a step before the last one's tokens are handed out; a row ended from outside has stored it
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
 
 
@@ -164,9 +165,10 @@ class Engine:
         self.step.alive.fill_(False)
         free, active = deque(range(self.max_batch_size)), {}
         method = max((r.params.method for r in queue), key=METHODS.index, default="greedy")
+        ahead = None        # when the next step was begun, if before its turn
         try:
             while (queue or active) and not self._interrupted:
-                t = time.perf_counter()
+                t = ahead or time.perf_counter()
                 # 1. free rows take waiting prompts; the others keep their state
                 if queue and free:
                     phase, batch = "prefill", []
@@ -178,9 +180,14 @@ class Engine:
                 # 2. or every running row moves one token on
                 else:
                     phase, batch, fed = "decode", list(active.values()), len(active)
-                    self.decode_one_token(method)
-                # 3. the host reads what came out and sorts out who is finished
+                    if ahead is None:
+                        self.decode_one_token(method)
+                # 3. the host reads what came out and sorts out who is finished; where no prompt waits a GPU goes on meanwhile
                 token, alive = torch.stack((self.step.token, self.step.alive.long())).tolist()
+                ahead = None
+                if self.device.type in AHEAD and any(alive) and not queue and self._steps["decode" + method] > 1:
+                    ahead = time.perf_counter()
+                    self.decode_one_token(method)
                 tokens, finished = [], []
                 for r in batch:
                     stopped = token[r.row] in r.params.stop_ids
@@ -191,7 +198,7 @@ class Engine:
                         full = len(r.tokens) < r.params.max_new_tokens
                         finished.append((r.index, "stop" if stopped else "capacity" if full else "length"))
                         self._release(active.pop(r.row), free)
-                now, key = time.perf_counter(), phase + method
+                now, key = ahead or time.perf_counter(), phase + method
                 # CUDA graphs: the first step compiles, the second one is captured
                 warm = self._steps[key] >= (2 if phase == "decode" and self.compile and self.device.type == "cuda" else 1)
                 self._steps[key] += 1
