@@ -22,7 +22,7 @@ class Step:
     tokens: list[tuple[int, int]]
     finished: list[tuple[int, str]]
     n_fed: int
-    seconds: float                              # of this step, synchronised
+    seconds: float                              # from its start until its tokens are sorted out, or until a next step begun before that
     since_start: float                          # since generate() was entered
     warm: bool                                  # False: this step compiled, or was the first of its kind
 
