@@ -185,7 +185,7 @@ class Engine:
                 # 3. the host reads what came out and sorts out who is finished; where no prompt waits a GPU goes on meanwhile
                 token, alive = torch.stack((self.step.token, self.step.alive.long())).tolist()
                 ahead = None
-                if self.device.type in AHEAD and any(alive) and not queue and self._steps["decode" + method] > 1:
+                if self.device.type in AHEAD and any(alive) and not (queue or self._interrupted) and self._steps["decode" + method] > 1:
                     ahead = time.perf_counter()
                     self.decode_one_token(method)
                 tokens, finished = [], []
@@ -214,8 +214,10 @@ class Engine:
                 self._release(r, free)
 
     def _release(self, r: Request, free: deque[int]) -> None:
-        """Free a row, and remember which ids its cache holds: the newest token of a row is not stored until the next step."""
-        self.stored[r.row] = (r.prompt + r.tokens)[:int(self.step.input_pos[r.row])]
+        """Free a row, and remember which ids its cache holds: the newest token of a row is not stored until the next step. Nothing is known
+        of a row that holds more than was read, as a step begun ahead leaves it when the last one is not read to its end."""
+        known, n = r.prompt + r.tokens, int(self.step.input_pos[r.row])
+        self.stored[r.row] = known[:n] if n <= len(known) else []
         free.append(r.row)
 
     def _fits(self, batch: list[Request], r: Request) -> bool:

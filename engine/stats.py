@@ -22,7 +22,8 @@ class Step:
     tokens: list[tuple[int, int]]
     finished: list[tuple[int, str]]
     n_fed: int
-    seconds: float                              # from its start until its tokens are sorted out, or until a next step begun before that
+    seconds: float                              # from its start until its tokens are sorted out, or until a next step begun before that;
+                                                # of one begun so, what the caller did meanwhile is in it
     since_start: float                          # since generate() was entered
     warm: bool                                  # False: this step compiled, or was the first of its kind
 

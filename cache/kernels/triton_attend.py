@@ -115,8 +115,6 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
         MASKED=tensors["exact"].numel() > 0, BY_THRESHOLD=tensors["threshold"].numel() > 0, OWN=own, EXACT_BLOCK=exact_block,
         STAGES=2 if min(bits) == 16 and not wide else 1)
     n_splits, coded = exact_splits + splits, bits[1] < 16
-    y = torch.empty(q.shape, dtype=torch.float32 if coded and n_splits > few else dtype, device=q.device)
-    combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))
     options = {"num_warps": warps} | ({} if free else {"maxnreg": registers})
     out, grid = [(kernels.attend_splits, (rows, n_splits), split, options)], (-(-rows * heads // 16),)
     if bits[0] < 16:
@@ -124,6 +122,8 @@ def launches(tensors: dict[str, Tensor], dtype: torch.dtype, *, sliding_window: 
         out.insert(0, (kernels.rotate, grid, turn | rotate | dict(count=rows * heads, WIDTH=width), {"num_warps": 8}))
     if alone:
         return out
+    y = torch.empty(q.shape, dtype=torch.float32 if coded and n_splits > few else dtype, device=q.device)
+    combine = sizes | shape | dict(partial=partial, lse=lse, length=tensors["length"], y=y, n_splits=n_splits, SPLITS=power_of_2(n_splits))
     if n_splits <= few:
         # a program that has a multiprocessor to itself takes registers, so that it waits for few strips of the rotation
         turn["STEP"] = min(turn["STEP"], 64, 256 // combine["SPLITS"] if wide or grid[0] > sms else 64)
