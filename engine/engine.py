@@ -24,8 +24,8 @@ from weights import Alignment, align, available_bytes, load_model
 
 PREFILL_CHUNK = 512         # tokens a row: bounds the MLP's activations; the logits do not depend on it
 PREFILL_MASK = 2 ** 23      # entries of a chunk's mask over the whole prompt: past 16k tokens chunks become shorter
-AHEAD = ("cuda",)           # devices that begin a step before the last one's tokens are handed out; a row ended from outside has stored it
 PREFILL_BUDGET = 16384      # rows x tokens of one prefill: bounds hidden states and one group's exact K, V; one row always fits
+AHEAD = ("cuda",)           # devices that begin a step before the last one's tokens are handed out; a row ended from outside has stored it
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Engine:
                     if ahead is None:
                         self.decode_one_token(method)
                 # 3. the host reads what came out and sorts out who is finished; where no prompt waits a GPU goes on meanwhile
-                token, alive = torch.stack((self.step.token, self.step.alive.long())).tolist()
+                token, alive, length = torch.stack((self.step.token, self.step.alive.long(), self.step.input_pos)).tolist()
                 ahead = None
                 if self.device.type in AHEAD and any(alive) and not (queue or self._interrupted) and self._steps["decode" + method] > 1:
                     ahead = time.perf_counter()
@@ -197,7 +197,7 @@ class Engine:
                     if not alive[r.row]:
                         full = len(r.tokens) < r.params.max_new_tokens
                         finished.append((r.index, "stop" if stopped else "capacity" if full else "length"))
-                        self._release(active.pop(r.row), free)
+                        self._release(active.pop(r.row), free, length[r.row])
                 now, key = ahead or time.perf_counter(), phase + method
                 # CUDA graphs: the first step compiles, the second one is captured
                 warm = self._steps[key] >= (2 if phase == "decode" and self.compile and self.device.type == "cuda" else 1)
@@ -213,11 +213,11 @@ class Engine:
             for r in list(active.values()):
                 self._release(r, free)
 
-    def _release(self, r: Request, free: deque[int]) -> None:
-        """Free a row, and remember which ids its cache holds: the newest token of a row is not stored until the next step. Nothing is known
-        of a row that holds more than was read, as a step begun ahead leaves it when the last one is not read to its end."""
-        known, n = r.prompt + r.tokens, int(self.step.input_pos[r.row])
-        self.stored[r.row] = known[:n] if n <= len(known) else []
+    def _release(self, r: Request, free: deque[int], length: int | None = None) -> None:
+        """Free a row, and remember which ids its cache holds, `length` of them (None: asks the device): its newest token is not stored yet.
+        Nothing is known of a row that holds more than was read: a step was begun ahead, and the last one not read to its end."""
+        known, length = r.prompt + r.tokens, int(self.step.input_pos[r.row]) if length is None else length
+        self.stored[r.row] = known[:length] if length <= len(known) else []
         free.append(r.row)
 
     def _fits(self, batch: list[Request], r: Request) -> bool:

@@ -139,25 +139,6 @@ def test_on_a_gpu_a_step_runs_once_a_call_whether_it_compiles_is_captured_or_rep
     assert calls == ["greedy", "greedy", "top_p", "top_p"]
 
 
-def test_a_row_is_forgotten_whose_step_ahead_was_begun_but_its_last_one_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a row believed to hold a token less than it does, after a second Ctrl-C: its next turn would begin one column early."""
-    monkeypatch.setattr("engine.engine.AHEAD", ("cpu",))
-    e, steps = Engine(model(9), max_seq_len=CAPACITY), []
-    step = e.decode_one_token
-
-    def fail_after_four(method: str) -> None:
-        step(method)
-        steps.append(method)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-
-    e.decode_one_token = fail_after_four
-    with pytest.raises(KeyboardInterrupt):
-        list(e.generate(PROMPTS[1:2], PARAMS[0]))
-    e.decode_one_token, turn = step, PROMPTS[1] + [50, 51]
-    assert e.stored == [[]] and [t for s in e.generate([turn], PARAMS[0], reuse=True) for _, t in s.tokens] == alone(turn, PARAMS[0], 9)
-
-
 def largest_loop_nest(code: str) -> int:
     """The most iterations of any nest of C++ loops, nesting read off the indentation."""
     largest, nest = 0, []

@@ -176,11 +176,3 @@ def test_damaged_checkpoint(refused, tmp_path, damage, says):
     damage(tmp_path)
     line = refused("--checkpoint", str(tmp_path))
     assert all(text in line for text in says), line
-
-
-def test_nonsense_sizes_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: minutes of loading before a typing error in --max-seq-len is told."""
-    monkeypatch.setattr(engine.engine, "load_model", lambda *a, **b: pytest.fail("the weights were read first"))
-    n = ModelConfig.from_checkpoint(EMBEDDED).max_position_embeddings
-    with pytest.raises(ValueError, match=f"max_seq_len is {n + 1}, the model has {n} positions"):
-        engine.engine.Engine.from_pretrained(EMBEDDED, max_seq_len=n + 1)
