@@ -19,7 +19,7 @@ class FullLayer(LayerGroup):
             self.register_buffer(name, torch.zeros(batch, n_kv_head, max_seq_len, head_dim, dtype=dtype, device=device), persistent=False)
         none, slots = torch.empty(0, device=device), torch.empty(batch, n_kv_head, 0, device=device)
         columns = self.k.new_empty(1, batch, n_kv_head, 0, head_dim)
-        # what a split group has and this one has not: no columns; magnitudes to overflow; tables. See `operands`
+        # what a split group has and this one has not: no columns; magnitudes to overflow; tables. See `as_split`
         self.absent = ((columns,) * 2, (columns, columns, slots.bool(), columns, columns, slots.int(), slots, slots, slots.int()),
                        (none,) * 3)
 
@@ -41,14 +41,14 @@ class FullLayer(LayerGroup):
         return attend_exact(q, keys, values, mask[:, None])
 
     def attend_fast(self, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        return torch.ops.minicache.attend(q, k, v, length, self.absent[2][0], *self.operands(window=False), 0, self.sliding_window or 0,
+        return torch.ops.minicache.attend(q, k, v, length, self.absent[2][0], *self.as_split(window=False), 0, self.sliding_window or 0,
                                           q.dtype)
 
     def write_fast(self, k: Tensor, v: Tensor, length: Tensor, valid: Tensor) -> None:
         """One new token a row, valid [B], by the operator commit: the cache as a window that no token leaves."""
-        torch.ops.minicache.commit(k[None], v[None], length, valid, None, *self.operands(window=True), 0, "norm", 0.0, "topk", 0.0, 0)
+        torch.ops.minicache.commit(k[None], v[None], length, valid, None, *self.as_split(window=True), 0, "norm", 0.0, "topk", 0.0, 0)
 
-    def operands(self, *, window: bool) -> tuple[Tensor, ...]:
+    def as_split(self, *, window: bool) -> tuple[Tensor, ...]:
         """The buffers of a split group, as both operators take them: K and V are its directions, of 16 bits, or its window."""
         (nothing, rest, tables), whole = self.absent, (self.k[None], self.v[None])
         return (*nothing, *rest, *whole, *tables) if window else (*whole, *rest, *nothing, *tables)

@@ -45,9 +45,8 @@ class Rope(nn.Module):
         """input_pos [B, T] integer -> (cos, sin), each [B, 1, T, D] fp32 and multiplied by the scaling."""
         angle = input_pos[:, None, :, None].float() * self.inv_freq
         angle = torch.cat((angle, angle), -1)
-        # stacked: the compiler stores them, where it would else compute them anew in every layer
-        cos, sin = torch.stack((angle.cos(), angle.sin())) * self.scaling
-        return cos, sin
+        # stacked: of several rows the compiler stores them, where it would else compute them anew in every layer
+        return (torch.stack((angle.cos(), angle.sin())) * self.scaling).unbind()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

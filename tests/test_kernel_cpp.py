@@ -19,7 +19,6 @@ from cache.base import Columns, LayerGroup, attend_columns
 from cache.kernels import cpp
 
 Attend = Callable[..., Tensor]
-NONE = torch.empty(0)
 LENGTHS = torch.tensor([0, 3, 71, 139])
 LAYOUTS = ("minicache,merge_from=0,window=5,sinks=2,retain=0.1", "quant,window=16,sinks=4", "quant,window=0,sinks=0",
            "minicache,merge_from=0,group=3,merge_k=0,window=0,retention=intended,gamma=0.3,retain=0.05",
@@ -70,8 +69,8 @@ def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, le
     sliding = group.sliding_window or 0
     q, k, v = (x[:, :, None] for x in (q, k, v))
     if hasattr(group, "k"):
-        return (q, k, v, length, NONE, *group.operands(window=False), 0, sliding, torch.float32)
-    least = group.threshold(group.score_range) if group.by_threshold else NONE
+        return (q, k, v, length, q.new_empty(0), *group.as_split(window=False), 0, sliding, torch.float32)
+    least = group.threshold(group.score_range) if group.by_threshold else q.new_empty(0)
     return (q, k, v, length, least, *group._buffers.values(), index, sliding, torch.float32)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_kernel_cpp
 import torch
 from test_kernel_triton_codes import run_ptx
 from torch import Tensor
@@ -86,13 +87,11 @@ def filled(spec: str, *, heads: tuple[int, int], D: int, S: int, lengths: list[i
 
 
 def arguments(group: LayerGroup, index: int, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> tuple:
-    """What the operator takes, from a group; q [B, H, D], k, v [B, G, D]."""
+    """What the operator takes, as of the C++ form; K and V with NaN around them."""
     amid = torch.full((2, k.numel() + 512), float("nan"), dtype=k.dtype, device=k.device)[:, 256:-256]      # what is read beside them tells
     k, v = (x.copy_(y.flatten()).view_as(y) for x, y in zip(amid, (k, v), strict=True))
     v = torch.cat([v * float("nan"), v, v * float("nan")], 1).split(v.shape[1], 1)[1]      # rows apart, as a step projects them
-    new, rest = (q[:, :, None], k[:, :, None], v[:, :, None], length), (index, group.sliding_window or 0, FP32)
-    least = group.threshold(group.score_range) if getattr(group, "by_threshold", False) else q.new_empty(0)
-    return (*new, least, *(group.operands(window=False) if hasattr(group, "k") else group._buffers.values()), *rest)
+    return test_kernel_cpp.arguments(group, index, q, k, v, length)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Fast forms of the two uses of a cache, as operators: C++ on CPU, Triton on CUDA. The reference is plain PyTorch, inlined.
 
-    minicache::attend(...) -> y [B, H, 1, D] in `dtype`, from q [B, H, 1, D], k and v [B, G, 1, D]                   cache/base.py
+    minicache::attend(...) -> y [B, H, 1, D] in `dtype`, from q [B, H, 1, D], k and v [B, G, 1, D]                 cache/base.py
     minicache::commit(...), k and v [n, B', G, T, D], rows [B'] int64: SplitGroup.commit for n <= 2, heads apart   cache/split.py
 
 Both take the buffers of one layer group as they are, in the order in which SplitGroup registers them; attend only reads, commit writes in
